@@ -1,0 +1,37 @@
+"""Language models in few bits: quantize, load, run, fine-tune and save them.
+
+`import fewbits` makes transformers find it: `from_pretrained` takes `FewbitsConfig`, and, where the
+bitsandbytes package is not installed or after `enable(takeover=True)`, every `BitsAndBytesConfig`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fewbits.config import BitsAndBytesConfig, FewbitsConfig
+from fewbits.format import Format, Scheme
+from fewbits.integrations import enable
+from fewbits.model import quantize_model
+from fewbits.ops import linear, quantize
+from fewbits.recipe import Recipe
+from fewbits.report import report
+from fewbits.tensor import QuantizedTensor
+
+__all__ = [
+    "BitsAndBytesConfig",
+    "FewbitsConfig",
+    "Format",
+    "QuantizedTensor",
+    "Recipe",
+    "Scheme",
+    "enable",
+    "linear",
+    "quantize",
+    "quantize_model",
+    "report",
+]
+
+try:
+    __version__ = version("fewbits")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+source"
+
+enable()

@@ -1,0 +1,1 @@
+"""Checkpoint schemas: how files name and hold quantized weights. One file per schema."""

@@ -1,0 +1,71 @@
+"""The `fewbits` command. One file per subcommand.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a fault of fewbits itself,
+2 something to mend by the user, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+
+import fewbits
+from fewbits.cli.demo import demo
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="fewbits",
+    help="Language models in few bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors that the user can mend into one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fewbits {fewbits.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Language models in few bits."""
+
+
+app.command()(plain_errors(demo))
+
+
+def main() -> None:
+    """Entry point of the `fewbits` script."""
+    # As Ctrl-C: whatever was started is ended, whatever is temporary removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(prog_name="fewbits")

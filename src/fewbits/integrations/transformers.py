@@ -1,0 +1,350 @@
+"""fewbits as a quantizer of transformers: `from_pretrained`, `save_pretrained`, `dequantize`.
+
+One quantizer serves three config classes: `FewbitsConfig` (method `fewbits`), `fewbits.BitsAndBytesConfig`
+and, when fewbits owns the `bitsandbytes` entries, transformers' own `BitsAndBytesConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import BitsAndBytesConfig as TransformersBitsAndBytesConfig
+
+from fewbits import model as placing
+from fewbits.checkpoint import bitsandbytes as schema
+from fewbits.config import BitsAndBytesConfig, FewbitsConfig
+from fewbits.integrations import owns_bitsandbytes
+from fewbits.model import Decision
+from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantModule
+from fewbits.recipe import Recipe, Rule
+from fewbits.report import KEPT_REASONS, report
+
+logger = logging.getLogger("fewbits")
+
+_BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
+_ORIGINAL_QUANTIZERS = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in _BITSANDBYTES}
+
+
+def register(*, takeover: bool) -> None:
+    """Enter fewbits into transformers' tables; `takeover` decides the `bitsandbytes` entries."""
+    for config in (FewbitsConfig, BitsAndBytesConfig):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[config.quant_method] = config
+        auto.AUTO_QUANTIZER_MAPPING[config.quant_method] = FewbitsQuantizer
+    for method, original in _ORIGINAL_QUANTIZERS.items():
+        auto.AUTO_QUANTIZER_MAPPING[method] = FewbitsQuantizer if takeover else original
+
+
+class FewbitsQuantizer(HfQuantizer):
+    """Places quantized layers, quantizes weights as they stream in, and names them on disk.
+
+    `in_bitsandbytes_files`: whether the model is read and written in the bitsandbytes schema; otherwise
+    tensors are stored under the names that the layers give them.
+    """
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            # What the model carries from now on: the class that transformers and others look for.
+            quantization_config = TransformersBitsAndBytesConfig.from_dict(quantization_config.to_dict())
+        super().__init__(quantization_config, **kwargs)
+        self.in_bitsandbytes_files = not isinstance(quantization_config, FewbitsConfig)
+        self.recipe = _recipe(quantization_config)
+        self.failure: Exception | None = None  # of the first weight that could not be converted
+
+    # --- what transformers asks before loading ------------------------------------------------------
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work: quantizing on the fly what goes to the disk."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if "disk" in places and not self.pre_quantized:
+            raise ValueError(
+                "the device map puts layers on the disk, but quantizing while loading would leave their "
+                "unquantized weights there. Quantize once with device_map='cpu' and save_pretrained, then "
+                "load that folder with this device map"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """No map: all on the current accelerator, or else on the CPU."""
+        if device_map is not None:
+            return device_map
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return {"": "cpu"}
+        return {"": f"{accelerator.type}:{torch.accelerator.current_device_index()}"}
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave a tenth of every device for the weights that are just being quantized."""
+        return {device: size * 0.9 for device, size in max_memory.items()}
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element: layers are packed already; what only waits to be quantized takes no place."""
+        layer, weight = _layer(model, param_name)
+        waits = isinstance(layer, QuantExperts) and weight in layer.weights()
+        return 0 if waits else param.element_size()
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether `param_name` is quantized here, so that its shape on disk is not that in the model."""
+        if self.pre_quantized and not self.in_bitsandbytes_files:
+            return False
+        layer, weight = _layer(model, param_name)
+        return isinstance(layer, QuantModule) and weight != "bias" and not weight.endswith("_bias")
+
+    # --- loading ------------------------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        keys = _header_keys(model, checkpoint_files or ()) if self.pre_quantized else {}
+        if any(".experts.0." in key for key in keys):  # a layer for each expert, as transformers can have it
+            super()._convert_model_for_quantization(model)
+        recipe = self.recipe.with_skips(self._skips(model, device_map))
+        decisions = placing.decide(model, recipe)
+        if keys:
+            decisions = self._as_stored(model, decisions, keys)
+        placing.place(model, decisions)
+        for _, layer in _quantized(model):
+            flagged: Any = layer
+            flagged._is_hf_initialized = True  # transformers must not draw random codes
+            if isinstance(layer, QuantExperts) and not self.pre_quantized:
+                self._await_experts(layer)
+        self._state_skips(decisions)
+        fits = all(isinstance(layer, QuantLinear) for _, layer in _quantized(model))
+        if self.in_bitsandbytes_files and not self.pre_quantized and not fits:
+            self._leave_bitsandbytes_files(model)
+
+    def _state_skips(self, decisions: Mapping[str, Decision]) -> None:
+        """A given skip list adds to the defaults here, but replaces them in bitsandbytes: state all of it."""
+        config: Any = self.quantization_config
+        if not self.in_bitsandbytes_files or config.llm_int8_skip_modules is None:
+            return
+        given = config.llm_int8_skip_modules
+        covered = Recipe(tuple(Rule(pattern, None, "") for pattern in given))
+        kept = [name for name, one in decisions.items() if one.scheme is None and not covered.named(name)]
+        self.quantization_config = copy.copy(config)
+        self.quantization_config.llm_int8_skip_modules = [*given, *kept]
+
+    def _skips(self, model: Any, device_map: Any) -> dict[str, str]:
+        skips = placing.default_skips(model)
+        offload = getattr(self.quantization_config, "llm_int8_enable_fp32_cpu_offload", False)
+        if offload and isinstance(device_map, dict):
+            places = {name: place for name, place in device_map.items() if str(place) in ("cpu", "disk")}
+            if len(places) < len(device_map):
+                reason = "on the {} with llm_int8_enable_fp32_cpu_offload"
+                skips |= {name: reason.format(place) for name, place in places.items()}
+        return skips
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Not before the headers of the checkpoint say how it stores experts."""
+
+    def _as_stored(
+        self, model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, str]
+    ) -> dict[str, Decision]:
+        """Decisions corrected by the headers of the checkpoint: a weight is quantized if it is stored so.
+
+        `keys`: name → dtype of every tensor in the files. ValueError for codes without scales.
+        """
+        marks = schema.MARKS if self.in_bitsandbytes_files else ("_scale", "_scale_codes")
+        stored = {_layer_of(key) for key in keys if key.endswith(marks)}
+        plain = {_layer_of(key) for key in keys} - stored
+        default = self.recipe.rules[-1].scheme
+        result = dict(decisions)
+        for name, decision in decisions.items():
+            names = _names_in_files(name, model.base_model_prefix)
+            scheme = self.recipe.match(name).scheme or default
+            if decision.scheme is None and stored.intersection(names) and scheme is not None:
+                result[name] = Decision(scheme, "stored so in the checkpoint")
+            elif decision.scheme is not None and not stored.intersection(names):
+                if any(keys.get(f"{one}.weight") in ("U8", "I8") for one in names):
+                    raise ValueError(f"{name}: the checkpoint has codes but no scales; it is incomplete")
+                prefixes = tuple(f"{one}." for one in names)  # experts may be stored one by one
+                if plain.intersection(names) or any(layer.startswith(prefixes) for layer in plain):
+                    result[name] = Decision(None, "stored so in the checkpoint")
+        return result
+
+    def _await_experts(self, layer: QuantExperts) -> None:
+        """Parameters under the names that a plain checkpoint has, until their weights arrive."""
+        for weight, (shape, dtype) in layer.weights().items():
+            count = len(layer.get_parameter(f"{weight}_codes"))
+            size = shape[::-1] if getattr(layer, "is_transposed", False) else shape
+            waiting = torch.empty((count, *size), dtype=dtype, device="meta")
+            layer.register_parameter(weight, nn.Parameter(waiting, requires_grad=False))
+
+    def _leave_bitsandbytes_files(self, model: Any) -> None:
+        logger.warning(
+            "this model has fused experts, which bitsandbytes files cannot hold in few bits; it will be "
+            "saved as method 'fewbits', which needs `import fewbits` to load"
+        )
+        self.quantization_config = FewbitsConfig.from_recipe(self.recipe)
+        self.in_bitsandbytes_files = False
+        model.quantization_method = self.quantization_config.quant_method
+
+    def get_quantize_ops(self) -> Any:
+        from fewbits.integrations.conversion import QuantizeWeight
+
+        return QuantizeWeight(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        from fewbits.integrations.conversion import bitsandbytes_reader
+
+        return [bitsandbytes_reader(self)] if self.pre_quantized and self.in_bitsandbytes_files else []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to cast a tensor of a checkpoint to; the reader of bitsandbytes files casts by itself."""
+        from fewbits.integrations.conversion import ReadBitsAndBytes
+
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, ReadBitsAndBytes):
+                operation.dtype = dtype
+                return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
+
+    # --- after loading ------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from fewbits.integrations.conversion import drop_readers
+
+        if self.failure is not None:
+            raise ValueError(f"cannot load this model: {self.failure}") from self.failure
+        drop_readers(model)
+        self._initialize_missing(model)
+        for _, layer in _quantized(model):
+            for weight in layer.weights():
+                for attribute in layer.part_names(weight).values():
+                    getattr(layer, attribute).requires_grad_(False)
+        for target, source in placing.tied_modules(model):
+            placing.share(model, target, source)
+        logger.info("%s", report(model).summary)
+        return model
+
+    def _initialize_missing(self, model: Any) -> None:
+        """Layers whose weights the checkpoint lacks, a new head for instance, become plain new ones."""
+        for name, layer in _quantized(model):
+            parts = [
+                getattr(layer, part)
+                for weight in layer.weights()
+                for part in layer.part_names(weight).values()
+            ]
+            loaded = [part.is_meta or getattr(part, "_is_hf_initialized", False) for part in parts]
+            if all(loaded):
+                continue
+            if f"{name}.weight" in model.all_tied_weights_keys:
+                continue
+            if any(loaded) or not isinstance(layer, QuantLinear | QuantEmbedding):
+                raise ValueError(f"{name}: the checkpoint has not all of its tensors; it is incomplete")
+            plain = placing.empty_plain(layer, parts[0].device)
+            model._init_weights(plain)
+            model.set_submodule(name, plain)
+            getattr(model, KEPT_REASONS)[name] = "not in the checkpoint: new and random"
+
+    # --- saving and undoing -------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The state dict under the names of the bitsandbytes schema, if the model is in that."""
+        if not self.in_bitsandbytes_files:
+            return None, {}
+        from accelerate.utils import align_module_device
+
+        state: dict[str, Tensor] = model.state_dict()
+        for name, layer in _quantized(model):
+            if isinstance(layer, QuantLinear):
+                for attribute in layer.part_names("weight").values():
+                    state.pop(f"{name}.{attribute}")
+                with align_module_device(layer):  # weights on the disk come in for a moment
+                    stored = schema.to_file(layer.quantized_weight(), layer.scheme.storage_dtype)
+                state |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
+        target: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        hooks = {name: layer._hf_hook for name, layer in _quantized(model) if hasattr(layer, "_hf_hook")}
+        if any(getattr(hook, "offload", False) for hook in hooks.values()):
+            raise ValueError(
+                "cannot dequantize a model with offloaded layers; load it with device_map='cpu' first"
+            )
+        for name in hooks:
+            remove_hook_from_module(model.get_submodule(name))
+        placing.dequantize_model(model, target)
+        for name, hook in hooks.items():
+            add_hook_to_module(model.get_submodule(name), hook)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+        return model
+
+
+def _recipe(config: Any) -> Recipe:
+    if isinstance(config, FewbitsConfig):
+        return config.to_recipe()
+    if config.llm_int8_has_fp16_weight and config.load_in_8bit:
+        raise ValueError(
+            "llm_int8_has_fp16_weight=True (training with 16-bit weights) is not supported; leave it out to "
+            "load int8 weights, or load the model without quantization_config to train all of it"
+        )
+    options = config.to_dict()
+    return BitsAndBytesConfig.from_dict(options).to_recipe()  # type: ignore[no-any-return]
+
+
+def _quantized(model: nn.Module) -> list[tuple[str, QuantModule]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantModule)]
+
+
+def _layer(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(module, attribute) of a parameter name."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _layer_of(key: str) -> str:
+    """The layer that a tensor of a checkpoint belongs to: all before its own name."""
+    layer, _, name = key.rpartition(".")
+    return layer.removesuffix(".weight") if name == "absmax" else layer
+
+
+def _names_in_files(name: str, prefix: str) -> tuple[str, ...]:
+    """What a checkpoint may call the layer `name`: with or without the prefix of the base model."""
+    return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+
+
+def _header_keys(model: Any, files: Iterable[str]) -> dict[str, str]:
+    """Name → dtype of all tensors in safetensors files, from their headers, renamed as the loader does."""
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    keys: dict[str, str] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                names = opened.keys()
+                keys |= {
+                    apply_renamings(name, renamings): opened.get_slice(name).get_dtype() for name in names
+                }
+    return keys
+
+
+register(takeover=owns_bitsandbytes())

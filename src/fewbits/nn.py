@@ -1,0 +1,397 @@
+"""Layers whose weights are quantized: linear, embedding, and the fused experts of a mixture.
+
+A layer holds the parts of its weight as plain tensors, so that devices, `state_dict`, safetensors and
+sharding treat it like any other. The codes are the parameter `weight` (of experts: `gate_up_proj_codes`);
+a part `scale` is `weight_scale`, `scale.codes` is `weight_scale_codes`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.format import Part, Scheme
+from fewbits.tensor import DTYPES, QuantizedTensor
+
+_SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class QuantModule(nn.Module, ABC):
+    """What quantized layers share: parts by name, and casts that leave them alone.
+
+    `.to(dtype)`, `.half()` and the like change a bias and the dtype that weights decode to, but never codes
+    or scales, also where codes are held as a floating dtype (`storage_dtype`).
+
+    source_class     the class of the layer that this one replaced
+    relative_errors  per weight, ‖W - decode(W)‖ / ‖W‖, where it was quantized here and not loaded
+    is_stack         parts have a leading dimension: one quantized tensor per expert
+    """
+
+    is_stack = False
+    scheme: Scheme
+    source_class: type[nn.Module]
+    relative_errors: dict[str, float]
+
+    def _init(
+        self,
+        weights: dict[str, tuple[torch.Size, torch.dtype]],
+        scheme: Scheme,
+        source_class: type[nn.Module],
+        scales: str = "parameters",
+    ) -> None:
+        nn.Module.__init__(self)
+        self.source_class, self.relative_errors, self._scales = source_class, {}, scales
+        self._weights = weights
+        self._set_scheme(scheme)
+
+    def _set_scheme(self, scheme: Scheme) -> None:
+        # What every forward needs, worked out once.
+        self.scheme, self._spelling, self._names = scheme, str(scheme), dict[str, dict[str, str]]()
+
+    def weights(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Quantized weights of this layer: name → (shape of one quantized tensor, dtype it decodes to).
+
+        That is the dtype before quantization, or the last that the module was cast to.
+        """
+        return self._weights
+
+    @abstractmethod
+    def dequantize(self, weight: str) -> Tensor:
+        """A weight decoded, to the dtype that `weights` says."""
+
+    def part_names(self, weight: str) -> dict[str, str]:
+        """Part name of the format → attribute of this module, in the order of the format."""
+        if weight not in self._names:
+            parts = self.scheme.weight.parts(self.weights()[weight][0])
+            self._names[weight] = {part.name: self._attribute(weight, part.name) for part in parts}
+        return self._names[weight]
+
+    def matrices(self, value: Tensor) -> Sequence[Tensor]:
+        """A weight of the replaced layer as the tensors that this one quantizes, each [out, in]."""
+        return [value.T if is_transposed(self.source_class) else value]
+
+    def stored(self, weight: str, quantized: Sequence[QuantizedTensor]) -> dict[str, Tensor]:
+        """Attribute → tensor, as this layer stores what became of `matrices`."""
+        names = self.part_names(weight)
+        tensors = {names[part]: tensor for part, tensor in quantized[0].parts().items()}
+        tensors[names["codes"]] = self.to_storage(tensors[names["codes"]])
+        return tensors
+
+    def store(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `stored` returned."""
+        for attribute, tensor in tensors.items():
+            self._register(attribute, tensor)
+
+    def to_storage(self, codes: Tensor) -> Tensor:
+        """Bytes of codes viewed as `storage_dtype`; the same memory."""
+        dtype = getattr(torch, self.scheme.storage_dtype)
+        return codes if dtype == torch.uint8 else codes.view(-1).view(dtype).view(-1, 1)
+
+    def _attribute(self, weight: str, part: str) -> str:
+        if part == "codes":
+            return weight
+        return f"{weight}_{part.replace('.', '_')}"
+
+    def _register(self, attribute: str, tensor: Tensor) -> None:
+        self._parameters.pop(attribute, None)
+        self._buffers.pop(attribute, None)
+        codes = [self._attribute(weight, "codes") for weight in self.weights()]
+        if self._scales == "parameters" or attribute in codes:
+            self.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(attribute, tensor, persistent=self._scales == "buffers")
+
+    def _allocate(
+        self, weight: str, shape: torch.Size, device: torch.device | str | None, *lead: int
+    ) -> None:
+        for part in self.scheme.weight.parts(shape):
+            tensor = torch.empty((*lead, *part.shape), dtype=DTYPES[part.dtype], device=device)
+            if part.name == "codes":
+                self._check_storage(part, shape)
+                tensor = self.to_storage(tensor)
+            self._register(self._attribute(weight, part.name), tensor)
+
+    def _check_storage(self, part: Part, shape: torch.Size) -> None:
+        size = getattr(torch, self.scheme.storage_dtype).itemsize
+        if size > 1 and (part.nbytes % size or len(part.shape) != 2 or part.shape[1] != 1):
+            raise ValueError(
+                f"codes of a {list(shape)} weight in {self.scheme.weight} take {part.nbytes} bytes, which "
+                f"cannot be held as {self.scheme.storage_dtype}; use quant_storage uint8 or skip this layer"
+            )
+
+    def _parts(self, weight: str = "weight") -> list[Tensor]:
+        tensors = [getattr(self, name) for name in self.part_names(weight).values()]
+        if self.scheme.storage_dtype != "uint8":
+            tensors[0] = tensors[0].view(-1).view(torch.uint8).view(-1, 1)
+        return tensors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        names = (name for weight in self.weights() for name in self.part_names(weight).values())
+        protected = {id(getattr(self, name)) for name in names}
+
+        def as_integers(tensor: Tensor) -> Tensor:
+            # A cast passes integers by, so bits travel as integers of the same size.
+            if id(tensor) not in protected:
+                return fn(tensor)
+            bits = tensor.detach().view(_SAME_SIZE_INTEGER[tensor.element_size()])
+            moved = fn(bits)
+            return (moved if moved.dtype == bits.dtype else bits.to(moved.device)).view(tensor.dtype)
+
+        for name, (shape, dtype) in self._weights.items():
+            self._weights[name] = (shape, fn(torch.empty(0, dtype=dtype)).dtype)
+        return super()._apply(as_integers, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class QuantLinear(QuantModule, nn.Linear):
+    """y = x · decode(W)ᵀ + bias, with W [out_features, in_features] in a Format.
+
+    `scheme` says the format, LLM.int8() activations if any, and the compute dtype (None: that of x). The
+    result has x's dtype. `dtype` is that of the weight before quantization. `scales`: how parts other than
+    the codes are held: "parameters", "buffers", or "shared": buffers that are those of the layer it is tied
+    to, and not in the state dict.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        source_class: type[nn.Module] = nn.Linear,
+        scales: str = "parameters",
+    ) -> None:
+        shape = torch.Size((out_features, in_features))
+        self._init({"weight": (shape, dtype)}, scheme, source_class, scales)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate("weight", shape, device)
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, device=device, dtype=dtype), requires_grad=False
+            )
+        else:
+            self.register_parameter("bias", None)
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """W [out_features, in_features]; shares memory with this layer."""
+        shape, dtype = self.weights()["weight"]
+        return QuantizedTensor.from_parts(self._parts(), self.scheme.weight, shape, dtype)
+
+    def dequantize(self, weight: str = "weight") -> Tensor:
+        """W decoded, [out_features, in_features], to the dtype that `weights` says."""
+        return self.quantized_weight().dequantize()
+
+    def adopt(self, weight: QuantizedTensor, storage_dtype: str) -> None:
+        """Change format, storage dtype and weight dtype to those of a weight that was read from a file."""
+        self._set_scheme(replace(self.scheme, weight=weight.format, storage_dtype=storage_dtype))
+        self._weights["weight"] = (weight.shape, weight.dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        name = self.scheme.compute_dtype
+        return None if name is None else getattr(torch, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        computed = self.compute_dtype
+        place = x.device.type
+        if computed is None and torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place):
+            computed = dtype = torch.get_autocast_dtype(place)
+        shape = (self.out_features, self.in_features)
+        x = x if computed is None else x.to(computed)
+        y: Tensor = torch.ops.fewbits.linear.default(x, self._parts(), self.bias, self._spelling, shape)
+        return y.to(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.scheme}"
+        )
+
+
+class QuantEmbedding(QuantModule, nn.Embedding):
+    """Rows of a quantized [num_embeddings, embedding_dim] table; only the rows asked for are decoded.
+
+    Returns the dtype that `weights` says. `scales` is as in `QuantLinear`, but never "parameters":
+    transformers takes the first floating parameter for the dtype of the model, and that must be no scale.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        scheme: Scheme,
+        *,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        scales: str = "buffers",
+    ) -> None:
+        shape = torch.Size((num_embeddings, embedding_dim))
+        self._init({"weight": (shape, dtype)}, scheme, nn.Embedding, scales)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self._allocate("weight", shape, device)
+
+    quantized_weight = QuantLinear.quantized_weight
+    dequantize = QuantLinear.dequantize
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape, dtype = self.weights()["weight"]
+        rows: Tensor = torch.ops.fewbits.embedding.default(
+            input, self._parts(), str(self.scheme.weight), shape, dtype
+        )
+        return rows
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+class QuantExperts(QuantModule):
+    """The fused experts of a mixture (3-D parameters), each expert quantized on its own.
+
+    Takes the place of an experts module of any layout: its other parameters, submodules and attributes move
+    here, and `source_class.forward` runs on decoded weights, which live as long as that. Parts are stored as
+    [experts, …] stacks. `RoutedExperts` decodes less where it can.
+    """
+
+    is_stack = True
+
+    def __init__(
+        self,
+        source: nn.Module,
+        scheme: Scheme,
+        device: torch.device | str | None,
+        scales: str = "parameters",
+    ) -> None:
+        weights = dict(expert_shapes(source))
+        self._init(weights, replace(scheme, storage_dtype="uint8"), type(source), scales)
+        for name, value in vars(source).items():
+            if name not in ("_parameters", "_buffers", "_modules") and not name.startswith("__"):
+                self.__dict__.setdefault(name, value)
+        for name, module in source.named_children():
+            self.add_module(name, module)
+        for name, parameter in source.named_parameters(recurse=False):
+            if name not in weights:
+                self.register_parameter(name, parameter)
+        for weight, (shape, _) in weights.items():
+            self._allocate(weight, shape, device, int(source.get_parameter(weight).shape[0]))
+
+    def _attribute(self, weight: str, part: str) -> str:
+        return f"{weight}_{part.replace('.', '_')}"
+
+    def quantized_weight(self, weight: str, expert: int) -> QuantizedTensor:
+        """The weight [out, in] of one expert; shares memory with this layer."""
+        shape, dtype = self._weights[weight]
+        parts = [part[expert] for part in self._parts(weight)]
+        return QuantizedTensor.from_parts(parts, self.scheme.weight, shape, dtype)
+
+    def matrices(self, value: Tensor) -> Sequence[Tensor]:
+        return list(value.transpose(1, 2) if self._transposed else value)
+
+    def stored(self, weight: str, quantized: Sequence[QuantizedTensor]) -> dict[str, Tensor]:
+        experts = [one.parts() for one in quantized]
+        names = self.part_names(weight)
+        return {name: torch.stack([parts[part] for parts in experts]) for part, name in names.items()}
+
+    def dequantize(self, weight: str) -> Tensor:
+        """A fused weight decoded, [experts, …] in the orientation and dtype it had."""
+        count = len(getattr(self, self._attribute(weight, "codes")))
+        fused = torch.stack([self.quantized_weight(weight, expert).dequantize() for expert in range(count)])
+        return fused.transpose(1, 2).contiguous() if self._transposed else fused
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(getattr(self, "is_transposed", False))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """`source_class.forward` on all experts, decoded for the time of the call."""
+        source: Any = self.source_class
+        try:
+            for weight in self._weights:  # found before parameters; never registered, never saved
+                self.__dict__[weight] = self.dequantize(weight)
+            return source.forward(self, *inputs)
+        finally:
+            for weight in self._weights:
+                self.__dict__.pop(weight, None)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(shape)}" for name, (shape, _) in self._weights.items())
+        return f"{shapes}, {self.scheme}"
+
+
+class RoutedExperts(QuantExperts):
+    """Experts that follow transformers' experts interface: only those that a token is routed to are decoded.
+
+    forward (hidden_states [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k]) with
+    `gate_up_proj` or `up_proj`, and `down_proj`; flags `has_gate`, `has_bias`, `is_transposed`,
+    `has_post_expert_norm`. Activation function and gating are those of `source_class`.
+    """
+
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
+
+    def _project(self, weight: str, expert: int, x: Tensor) -> Tensor:
+        bias = getattr(self, f"{weight}_bias")[expert] if getattr(self, "has_bias", False) else None
+        parts = [part[expert] for part in self._parts(weight)]
+        scheme, shape = self.scheme, self._weights[weight][0]
+        computed = x if scheme.compute_dtype is None else x.to(getattr(torch, scheme.compute_dtype))
+        y: Tensor = torch.ops.fewbits.linear.default(computed, parts, bias, self._spelling, shape)
+        return y.to(x.dtype)
+
+    def forward(  # type: ignore[override]  # what the interface calls, by position or by name
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        source: Any = self.source_class
+        up = "gate_up_proj" if "gate_up_proj" in self._weights else "up_proj"
+        for expert, tokens, rank in self._routes(top_k_index):
+            hidden = self._project(up, expert, hidden_states[tokens])
+            hidden = source._apply_gate(self, hidden) if up == "gate_up_proj" else self.act_fn(hidden)
+            hidden = self._project("down_proj", expert, hidden)
+            if getattr(self, "has_post_expert_norm", False):
+                hidden = self.post_expert_norm(hidden)
+            hidden = hidden * top_k_weights[tokens, rank, None]
+            result.index_add_(0, tokens, hidden.to(result.dtype))
+        return result
+
+    def _routes(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(expert, its tokens, their place in the top k) of every expert that is hit."""
+        count = len(getattr(self, self._attribute("down_proj", "codes")))
+        for expert in torch.unique(top_k_index).tolist():
+            if expert < count:  # larger: the expert lives on another device
+                tokens, rank = torch.where(top_k_index == expert)
+                yield expert, tokens, rank
+
+
+def is_transposed(layer: type[nn.Module]) -> bool:
+    """Whether a linear layer of this class keeps its weight as [in, out]: transformers' Conv1D (GPT-2)."""
+    return layer.__name__ == "Conv1D" and not issubclass(layer, nn.Linear)
+
+
+def expert_shapes(module: nn.Module) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
+    """Fused expert weights of a module: (name, ([out, in] of one expert, dtype)); none if it has none.
+
+    They are the 3-D parameters of a class whose name says that it holds experts.
+    """
+    if isinstance(module, QuantModule) or "Expert" not in type(module).__name__:
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and parameter.is_floating_point():
+            shape = parameter.shape[:0:-1] if getattr(module, "is_transposed", False) else parameter.shape[1:]
+            yield name, (torch.Size(shape), parameter.dtype)
+
+
+def experts_class(module: nn.Module) -> type[QuantExperts]:
+    """The class that quantizes the experts of `module`."""
+    routed = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    known = set(dict(expert_shapes(module))) <= {"gate_up_proj", "up_proj", "down_proj"}
+    return RoutedExperts if routed and known else QuantExperts

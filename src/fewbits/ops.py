@@ -1,0 +1,211 @@
+"""The ops of fewbits in torch: schemas, shapes for tracing, gradients.
+
+A quantized weight enters an op as its parts (in the order of `Format.parts`), the spelling of its format
+and its shape, so that `torch.compile` sees plain tensors and constants:
+
+    fewbits::quantize(weight, format) -> parts
+    fewbits::dequantize(parts, format, shape, dtype) -> weight
+    fewbits::linear(x, parts, bias, scheme, shape) -> y          differentiable in x and bias
+    fewbits::linear_backward(grad, parts, format, shape) -> grad_x
+    fewbits::embedding(indices, parts, format, shape, dtype) -> rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits import backends
+from fewbits.format import Format, Scheme
+from fewbits.tensor import DTYPES, QuantizedTensor
+
+_LIBRARY = torch.library.Library("fewbits", "DEF")
+_LIBRARY.define("quantize(Tensor weight, str format, str name='tensor') -> Tensor[]")
+_LIBRARY.define("dequantize(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor")
+_LIBRARY.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str scheme, SymInt[] shape) -> Tensor")
+_LIBRARY.define("linear_backward(Tensor grad, Tensor[] parts, str format, SymInt[] shape) -> Tensor")
+_LIBRARY.define(
+    "embedding(Tensor indices, Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
+
+
+def quantize(tensor: Tensor, format: Format | str, *, name: str = "tensor") -> QuantizedTensor:
+    """Quantize a floating tensor of any rank, stride and length to the nearest codes of `format`.
+
+    `name` is what errors call the tensor. ValueError for NaN or infinity, an unknown format, or a scale
+    that does not fit the dtype the format stores it in.
+    """
+    format = Format.parse(format)
+    parts = torch.ops.fewbits.quantize.default(tensor.detach(), str(format), name)
+    return QuantizedTensor.from_parts(parts, format, tensor.shape, tensor.dtype, name)
+
+
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights [*shape] in `dtype` (default: that of the tensor that was quantized)."""
+    return weight.dequantize(dtype)
+
+
+def linear(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """x [..., in] · decode(weight [out, in])ᵀ + bias [out], in x's dtype.
+
+    `activation` "int8:t6" multiplies by LLM.int8() (weights in int8:row). Gradients flow to x and bias.
+    """
+    scheme = str(weight.format) + (f"@{activation}" if activation else "")
+    parts = list(weight.parts().values())
+    result: Tensor = torch.ops.fewbits.linear.default(x, parts, bias, scheme, weight.shape)
+    return result
+
+
+def embedding(indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `indices` [...] of weight [rows, columns] → [..., columns]; decodes only those rows."""
+    parts = list(weight.parts().values())
+    result: Tensor = torch.ops.fewbits.embedding.default(
+        indices, parts, str(weight.format), weight.shape, dtype or weight.dtype
+    )
+    return result
+
+
+# --- implementations --------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _scheme(spelling: str) -> Scheme:
+    return Scheme.parse(spelling)
+
+
+def _weight(parts: Sequence[Tensor], format: Format, shape: Sequence[int]) -> QuantizedTensor:
+    return QuantizedTensor.from_parts(parts, format, shape)
+
+
+def _quantize(weight: Tensor, format: str, name: str = "tensor") -> list[Tensor]:
+    parsed = Format.parse(format)
+    quantized = backends.choose("quantize", parsed, weight.device).quantize(weight, parsed, name)
+    return list(quantized.parts().values())
+
+
+def _dequantize(parts: list[Tensor], format: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    weight = _weight(parts, Format.parse(format), shape)
+    return backends.choose("dequantize", weight.format, weight.device).dequantize(weight, dtype)
+
+
+def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]) -> Tensor:
+    parsed = _scheme(scheme)
+    _check_places(x, parts, bias, shape)
+    weight = _checked(x, parts, parsed.weight, shape, 1)
+    if parsed.activation is None:
+        return backends.choose("linear", weight.format, x.device).linear(x, weight, bias)
+    kernels = backends.choose("linear_int8", weight.format, x.device)
+    return kernels.linear_int8(x, weight, bias, parsed.activation.threshold)
+
+
+def _linear_backward(grad: Tensor, parts: list[Tensor], format: str, shape: Sequence[int]) -> Tensor:
+    weight = _checked(grad, parts, Format.parse(format), shape, 0)
+    return backends.choose("linear_backward", weight.format, grad.device).linear_backward(grad, weight)
+
+
+def _embedding(
+    indices: Tensor, parts: list[Tensor], format: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    weight = _weight(parts, Format.parse(format), shape)
+    kernels = backends.choose("embedding", weight.format, weight.device)
+    return kernels.embedding(indices, weight, dtype)
+
+
+def _checked(
+    x: Tensor, parts: list[Tensor], format: Format, shape: Sequence[int], side: int
+) -> QuantizedTensor:
+    if len(shape) != 2 or not x.dim() or x.shape[-1] != shape[side] or not x.is_floating_point():
+        raise ValueError(
+            f"cannot multiply x {x.dtype} {list(x.shape)} with a weight {list(shape)} in {format}: it takes "
+            "a floating x whose last dimension fits a weight [out, in]"
+        )
+    return _weight(parts, format, shape)
+
+
+def _check_places(x: Tensor, parts: list[Tensor], bias: Tensor | None, shape: Sequence[int]) -> None:
+    """Also while tracing, where nothing else would notice."""
+    if bias is not None and tuple(bias.shape) != (shape[0],):
+        raise ValueError(f"a weight {list(shape)} takes a bias [{shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", parts[0]), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x is on {x.device}, but the {name} is on {tensor.device}; move one of them")
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Layers decide what to cast; an autocast product inside would round what has to be exact."""
+
+    def run(first: Tensor | list[Tensor], *rest: Any) -> Any:
+        place = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(place):
+            return implementation(first, *rest)
+        with torch.autocast(place, enabled=False):
+            return implementation(first, *rest)
+
+    return run
+
+
+# --- tracing and gradients --------------------------------------------------------------------------
+
+
+def _quantize_fake(weight: Tensor, format: str, name: str = "tensor") -> list[Tensor]:
+    parts = Format.parse(format).parts(weight.shape)
+    return [weight.new_empty(part.shape, dtype=DTYPES[part.dtype]) for part in parts]
+
+
+def _dequantize_fake(parts: list[Tensor], format: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(shape, dtype=dtype)
+
+
+def _linear_fake(
+    x: Tensor, parts: list[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]
+) -> Tensor:
+    _check_places(x, parts, bias, shape)
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _linear_backward_fake(grad: Tensor, parts: list[Tensor], format: str, shape: Sequence[int]) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _embedding_fake(
+    indices: Tensor, parts: list[Tensor], format: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return parts[0].new_empty(*indices.shape, shape[1], dtype=dtype)
+
+
+for _name, _implementation, _fake in (
+    ("quantize", _quantize, _quantize_fake),
+    ("dequantize", _dequantize, _dequantize_fake),
+    ("linear", _linear, _linear_fake),
+    ("linear_backward", _linear_backward, _linear_backward_fake),
+    ("embedding", _embedding, _embedding_fake),
+):
+    _LIBRARY.impl(_name, _without_autocast(_implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fewbits::{_name}", _fake, lib=_LIBRARY)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, bias, scheme, shape = inputs
+    ctx.save_for_backward(*parts)  # codes and scales only: neither x nor a decoded weight is kept
+    ctx.scheme, ctx.shape = scheme, shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = list(ctx.saved_tensors)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        format = ctx.scheme.partition("@")[0]
+        grad_x = torch.ops.fewbits.linear_backward.default(grad.contiguous(), parts, format, ctx.shape)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, [None] * len(parts), grad_bias, None, None
+
+
+torch.library.register_autograd("fewbits::linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -1,0 +1,164 @@
+"""The report of every weight of a model: what it is stored as, or why it was kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbits.nn import QuantModule
+
+KEPT_REASONS = "_fewbits_kept"  # attribute of a model: module name → why its weights were kept
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight: its name, shape, what it is stored as, bytes (scales included), and why it was kept.
+
+    `reason` is empty for a quantized weight; `relative_error` is ‖W - decode(W)‖ / ‖W‖ where known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: str
+    nbytes: int
+    quantized: bool
+    reason: str = ""
+    relative_error: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every weight of a model, in its order. `print(report)` shows the kept ones one by one."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def quantized(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.quantized)
+
+    @property
+    def kept(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if not entry.quantized)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over the whole model, scales and padding included."""
+        count = sum(entry.count for entry in self.entries)
+        return 8 * self.nbytes / count if count else 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line: how many weights are stored as what, and what was kept in bytes."""
+        formats: dict[str, int] = {}
+        for entry in self.quantized:
+            formats[entry.stored] = formats.get(entry.stored, 0) + 1
+        stored = ", ".join(f"{count} x {name}" for name, count in formats.items()) or "none"
+        large = [entry for entry in self.kept if len(entry.shape) > 1]
+        names = ", ".join(entry.name for entry in large[:3]) + (", …" if len(large) > 3 else "")
+        return (
+            f"quantized: {stored}; kept: {len(self.kept)} of {len(self.entries)} weights"
+            + (f" ({names})" if names else "")
+            + f"; {_size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All entries and totals as JSON values."""
+        return {
+            "bytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "weights": [asdict(entry) for entry in self.entries],
+        }
+
+    def __str__(self) -> str:
+        rows = [("weight", "shape", "stored as", "bytes", "error, or why it was kept")]
+        for entry in self.entries:
+            error = "" if entry.relative_error is None else f"{entry.relative_error:.4f}"
+            shape = " x ".join(map(str, entry.shape)) or "scalar"
+            rows.append((entry.name, shape, entry.stored, f"{entry.nbytes:,}", entry.reason or error))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[4]
+            for row in rows
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), self.summary])
+
+
+def report(model: nn.Module) -> Report:
+    """What every weight of `model` is stored as, and why those in full precision were kept.
+
+    Tied weights appear once. Works on any module, also on the meta device.
+    """
+    reasons: dict[str, str] = getattr(model, KEPT_REASONS, {})
+    entries: list[Entry] = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        quantized = _quantized_entries(prefix, module, seen) if isinstance(module, QuantModule) else []
+        entries += quantized
+        for name, tensor in module.named_parameters(recurse=False):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                entries.append(_kept(_join(prefix, name), tensor, module, reasons.get(prefix)))
+    return Report(tuple(entries))
+
+
+def _quantized_entries(prefix: str, module: QuantModule, seen: set[int]) -> list[Entry]:
+    entries = []
+    for weight, (shape, _) in module.weights().items():
+        tensors = [getattr(module, attribute) for attribute in module.part_names(weight).values()]
+        known = id(tensors[0]) in seen
+        seen.update(id(tensor) for tensor in tensors)
+        if known:
+            continue
+        lead = tensors[0].shape[:1] if module.is_stack else ()
+        entries.append(
+            Entry(
+                _join(prefix, weight),
+                (*lead, *shape),
+                str(module.scheme),
+                sum(tensor.nbytes for tensor in tensors),
+                True,
+                relative_error=module.relative_errors.get(weight),
+            )
+        )
+    return entries
+
+
+def _kept(name: str, tensor: Tensor, module: nn.Module, reason: str | None) -> Entry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dim() < 2:
+        reason = f"{tensor.dim()}-dimensional"
+    elif name.endswith("bias"):
+        reason = "bias"
+    elif reason is None and isinstance(module, nn.Embedding):
+        reason = "an embedding; name it in FewbitsConfig(modules=…) to quantize it"
+    return Entry(
+        name,
+        tuple(tensor.shape),
+        dtype,
+        tensor.nbytes,
+        False,
+        reason or f"a parameter of {type(module).__name__}, which is no linear layer",
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

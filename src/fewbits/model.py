@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewbits import ops
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Format, Scheme
+from fewbits.memory import give_back_free_memory
 from fewbits.nn import (
     QuantEmbedding,
     QuantLinear,
@@ -63,6 +64,7 @@ def quantize_model(
     for target, source_name in tied.items():
         share(model, target, source_name)
     setattr(model, KEPT_REASONS, kept_reasons(decisions))
+    give_back_free_memory()
     return report(model)
 
 
@@ -363,7 +365,6 @@ def _tie_problem(module: nn.Module, schemes: set[Scheme | None]) -> str | None:
         return f"tied to a {type(module).__name__}, which cannot be quantized"
     if isinstance(module, nn.Embedding):
         return _embedding_problem(module)
-    flat = any(scheme is not None and scheme.weight.group.flat for scheme in schemes)
-    if flat and module.bias is not None:
-        return "tied, with a bias: transformers pads it by the rows of the weight, which flat codes have not"
+    if schemes and module.bias is not None:
+        return "tied, with a bias: transformers pads it by the rows of the weight, which codes have not"
     return None

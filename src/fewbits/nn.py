@@ -2,7 +2,8 @@
 
 A layer holds the parts of its weight as plain tensors, so that devices, `state_dict`, safetensors and
 sharding treat it like any other. The codes are the parameter `weight` (of experts: `gate_up_proj_codes`);
-a part `scale` is `weight_scale`, `scale.codes` is `weight_scale_codes`.
+a part `scale` is `weight_scale`, `scale.codes` is `weight_scale_codes`. Codes of linear layers and embeddings
+are one column, [bytes, 1], in every format: 8-bit codes in the shape of the weight could be taken for it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class QuantModule(nn.Module, ABC):
 
     def _set_scheme(self, scheme: Scheme) -> None:
         # What every forward needs, worked out once.
-        self.scheme, self._spelling, self._names = scheme, str(scheme), dict[str, dict[str, str]]()
+        self.scheme, self._spelling = scheme, str(scheme)
+        self._names: dict[str, dict[str, str]] = {}
+        self._codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def weights(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Quantized weights of this layer: name → (shape of one quantized tensor, dtype it decodes to).
@@ -69,6 +72,7 @@ class QuantModule(nn.Module, ABC):
         if weight not in self._names:
             parts = self.scheme.weight.parts(self.weights()[weight][0])
             self._names[weight] = {part.name: self._attribute(weight, part.name) for part in parts}
+            self._codes[weight] = (parts[0].shape, DTYPES[parts[0].dtype])
         return self._names[weight]
 
     def matrices(self, value: Tensor) -> Sequence[Tensor]:
@@ -88,9 +92,10 @@ class QuantModule(nn.Module, ABC):
             self._register(attribute, tensor)
 
     def to_storage(self, codes: Tensor) -> Tensor:
-        """Bytes of codes viewed as `storage_dtype`; the same memory."""
+        """Codes as one column, their bytes viewed as `storage_dtype`; the same memory."""
         dtype = getattr(torch, self.scheme.storage_dtype)
-        return codes if dtype == torch.uint8 else codes.view(-1).view(dtype).view(-1, 1)
+        column = codes.view(-1)
+        return (column if dtype == torch.uint8 else column.view(dtype)).view(-1, 1)
 
     def _attribute(self, weight: str, part: str) -> str:
         if part == "codes":
@@ -118,7 +123,7 @@ class QuantModule(nn.Module, ABC):
 
     def _check_storage(self, part: Part, shape: torch.Size) -> None:
         size = getattr(torch, self.scheme.storage_dtype).itemsize
-        if size > 1 and (part.nbytes % size or len(part.shape) != 2 or part.shape[1] != 1):
+        if part.nbytes % size:
             raise ValueError(
                 f"codes of a {list(shape)} weight in {self.scheme.weight} take {part.nbytes} bytes, which "
                 f"cannot be held as {self.scheme.storage_dtype}; use quant_storage uint8 or skip this layer"
@@ -126,8 +131,8 @@ class QuantModule(nn.Module, ABC):
 
     def _parts(self, weight: str = "weight") -> list[Tensor]:
         tensors = [getattr(self, name) for name in self.part_names(weight).values()]
-        if self.scheme.storage_dtype != "uint8":
-            tensors[0] = tensors[0].view(-1).view(torch.uint8).view(-1, 1)
+        shape, dtype = self._codes[weight]
+        tensors[0] = tensors[0].view(-1).view(dtype).view(shape)
         return tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
@@ -287,6 +292,12 @@ class QuantExperts(QuantModule):
 
     def _attribute(self, weight: str, part: str) -> str:
         return f"{weight}_{part.replace('.', '_')}"
+
+    def to_storage(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def _parts(self, weight: str = "weight") -> list[Tensor]:
+        return [getattr(self, name) for name in self.part_names(weight).values()]
 
     def quantized_weight(self, weight: str, expert: int) -> QuantizedTensor:
         """The weight [out, in] of one expert; shares memory with this layer."""

@@ -29,7 +29,7 @@ def pack(codes: Tensor, bits: int, order: str = "low_first") -> Tensor:
     The last byte is padded with zero bits.
     """
     if bits == 8:
-        return codes
+        return codes.contiguous()
     per_word, word_bytes = _word(bits)
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % per_word)).to(_accumulator(bits))

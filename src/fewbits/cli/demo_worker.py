@@ -5,7 +5,6 @@ JOB is a `demo.Job` as JSON. The answer goes to stdout as JSON lines, see `demo.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import fewbits
 from fewbits.cli.demo import PROMPT, VARIANTS, Job, Variant
 from fewbits.evaluate import compare_logits, decode_rate, sample_sequences
+from fewbits.memory import give_back_free_memory
 
 DECODED_TOKENS = 32
 DECODE_REPEATS = 3
@@ -142,21 +142,13 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
-        _give_back_free_memory()
+        give_back_free_memory()  # else the model would reuse it, and go uncounted
         self.exact = _reset_peak()
         self.start: int = psutil.Process().memory_info().rss
 
     def bytes_above_start(self) -> int:
         """Bytes between the resident set at the start and the largest one since."""
         return max(0, _peak_resident() - self.start)
-
-
-def _give_back_free_memory() -> None:
-    """Freed memory that the allocator keeps would be reused by the model and so go uncounted."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
 
 
 def _reset_peak() -> bool:

@@ -39,8 +39,11 @@ class Conversion(ConversionOps):
                 return self.run(tensors, full_layer_name, model, missing)
         except (ValueError, RuntimeError) as error:
             self.hf_quantizer.failure = error
-        layer = full_layer_name.rpartition(".")[0]
-        missing -= {key for key in missing if key.startswith(f"{layer}.")}  # known, and worth no line each
+        # Known to be missing: worth no line each in the report, and no random values.
+        path = full_layer_name.rpartition(".")[0]
+        missing -= {key for key in missing if key.startswith(f"{path}.")}
+        for tensor in model.get_submodule(path).state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
         return {}
 
     @abstractmethod
@@ -68,6 +71,7 @@ class QuantizeWeight(Conversion):
                 result[full_name] = tensor
                 continue
             result |= _parameters(layer, path, placing.fill(layer, weight, tensor, full_name))
+            self.hf_quantizer.count(tensor.nbytes)
             if isinstance(layer, QuantExperts):  # the fused weight itself is not part of the model any more
                 layer._parameters.pop(weight, None)
                 missing.discard(full_name)

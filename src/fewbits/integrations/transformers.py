@@ -21,6 +21,7 @@ from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.integrations import owns_bitsandbytes
+from fewbits.memory import give_back_free_memory
 from fewbits.model import Decision
 from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantModule
 from fewbits.recipe import Recipe, Rule
@@ -28,6 +29,7 @@ from fewbits.report import KEPT_REASONS, report
 
 logger = logging.getLogger("fewbits")
 
+_TRIM_AFTER = 2**25  # bytes of weights quantized between two returns of freed memory
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _ORIGINAL_QUANTIZERS = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in _BITSANDBYTES}
 
@@ -59,6 +61,7 @@ class FewbitsQuantizer(HfQuantizer):
         self.in_bitsandbytes_files = not isinstance(quantization_config, FewbitsConfig)
         self.recipe = _recipe(quantization_config)
         self.failure: Exception | None = None  # of the first weight that could not be converted
+        self._since_trim = 0
 
     # --- what transformers asks before loading ------------------------------------------------------
 
@@ -219,6 +222,13 @@ class FewbitsQuantizer(HfQuantizer):
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return kept
 
+    def count(self, nbytes: int) -> None:
+        """Note bytes that were quantized; now and then, the memory of temporaries is given back."""
+        self._since_trim += nbytes
+        if self._since_trim >= _TRIM_AFTER:
+            self._since_trim = 0
+            give_back_free_memory()
+
     # --- after loading ------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -234,6 +244,7 @@ class FewbitsQuantizer(HfQuantizer):
                     getattr(layer, attribute).requires_grad_(False)
         for target, source in placing.tied_modules(model):
             placing.share(model, target, source)
+        give_back_free_memory()
         logger.info("%s", report(model).summary)
         return model
 

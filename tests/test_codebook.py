@@ -202,3 +202,9 @@ def test_fp4_sets_the_sign_for_every_value_below_zero_and_for_no_other():
 def test_integer_codebooks_have_the_ranges_of_gptq_and_llm_int8(name, low, high, middle):
     book = CODEBOOKS[name]
     assert (book.integer, book.low, book.high, book.middle) == (True, low, high, middle)
+
+
+def test_llm_int8_multiplies_with_the_float32_next_to_1_over_127_and_nothing_else_has_a_unit():
+    assert CODEBOOKS["int8"].unit == float(np.float32(1 / 127))
+    assert CODEBOOKS["int8"].unit == pytest.approx(7.874015718698502e-3, rel=1e-12)
+    assert {book.unit for name, book in CODEBOOKS.items() if name != "int8"} == {1.0}

@@ -253,21 +253,30 @@ def test_copies_are_equal_and_independent(storage, copied):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_codes_held_as_floats_compute_the_same(storage):
+@pytest.mark.parametrize("scheme", [*FORMATS, "int8:row@int8:t6"])
+def test_codes_held_as_floats_are_the_same_bytes_and_compute_the_same(scheme, storage):
     source = nn.Linear(64, 8)
-    plain = quantized(copy.deepcopy(source), "nf4:g64")
-    layer = quantized(source, replace(Scheme.parse("nf4:g64"), storage_dtype=storage))
+    plain = quantized(copy.deepcopy(source), scheme)
+    layer = quantized(source, replace(Scheme.parse(scheme), storage_dtype=storage))
     x = torch.randn(3, 64)
     assert torch.equal(layer(x), plain(x))
-    assert layer.weight.shape == (256 // getattr(torch, storage).itemsize, 1)
-    assert torch.equal(layer.weight.view(torch.uint8).view(-1), plain.weight.view(-1))
+    assert layer.weight.nbytes == plain.weight.nbytes == (512 if "8" in scheme.split(":")[0] else 256)
+    assert torch.equal(layer.weight.view(torch.uint8).view(-1), plain.weight.view(torch.uint8).view(-1))
+    before = stored_bits(layer)
+    layer.half()
+    assert same_bits(layer, before)
 
 
 @pytest.mark.parametrize(
     ("spelling", "shape", "storage"),
-    [("nf4:g64", (2, 5), "bfloat16"), ("nf4:g64", (2, 6), "float32"), ("int8:row", (8, 64), "bfloat16"),
-     ("int4:g32", (8, 64), "float32"), ("nf4:g64", (2, 6), "float64")],
-)  # fmt: skip
+    [
+        ("nf4:g64", (2, 5), "bfloat16"),
+        ("nf4:g64", (2, 6), "float32"),
+        ("nf4:g64", (2, 6), "float64"),
+        ("int8:row", (3, 5), "bfloat16"),
+        ("int4:g32", (3, 6), "float32"),
+    ],
+)
 def test_codes_that_do_not_fill_the_storage_dtype_are_refused(spelling, shape, storage):
     scheme = replace(Scheme.parse(spelling), storage_dtype=storage)
     what = rf"\[{shape[0]}, {shape[1]}\] weight in {spelling}"

@@ -28,6 +28,8 @@ from fewbits.nn import (
 from fewbits.recipe import Recipe
 from fewbits.report import KEPT_REASONS, Report, report
 
+_BLOCK = 2**19  # weights compared at a time
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -124,9 +126,10 @@ def fill(layer: QuantModule, weight: str, value: Tensor, name: str) -> dict[str,
 
 
 def _squared_error(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
-    """(‖weight - decoded‖², ‖weight‖²) in float32, by blocks of rows."""
+    """(‖weight - decoded‖², ‖weight‖²) in float32, by small blocks of rows: loading must not need memory."""
     error = total = 0.0
-    for one, other in zip(weight.split(1024), decoded.split(1024), strict=True):
+    rows = max(1, _BLOCK // max(weight.shape[-1], 1))
+    for one, other in zip(weight.split(rows), decoded.split(rows), strict=True):
         exact = one.float()
         error += float((exact - other.float()).square().sum())
         total += float(exact.square().sum())

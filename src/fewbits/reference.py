@@ -18,7 +18,7 @@ from fewbits.format import Format, Group, matrix_shape, packed_length
 from fewbits.packing import bit_order, pack, unpack
 from fewbits.tensor import DTYPES, QuantizedTensor
 
-_BLOCK = 2**20  # weights worked on at a time
+_BLOCK = 2**19  # weights worked on at a time
 _TINY = 1e-38  # stands in for an absolute maximum of 0 as the divisor
 
 

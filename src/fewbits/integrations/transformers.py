@@ -286,6 +286,13 @@ class FewbitsQuantizer(HfQuantizer):
                 state |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
         return state, {}
 
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Give plain layers back in `dtype`; None: that of the rest of the model, also after a cast."""
+        quantized = {id(tensor) for _, layer in _quantized(model) for tensor in layer.parameters()}
+        rest = (tensor for tensor in model.parameters() if id(tensor) not in quantized)
+        own = next((tensor.dtype for tensor in rest if tensor.is_floating_point()), model.config.dtype)
+        return super().dequantize(model, own if dtype is None else dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 

@@ -30,6 +30,7 @@ from fewbits.report import KEPT_REASONS, report
 logger = logging.getLogger("fewbits")
 
 _TRIM_AFTER = 2**25  # bytes of weights quantized between two returns of freed memory
+_NEW = "not in the checkpoint: new and random"
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _ORIGINAL_QUANTIZERS = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in _BITSANDBYTES}
 
@@ -117,13 +118,15 @@ class FewbitsQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        keys = _header_keys(model, checkpoint_files or ()) if self.pre_quantized else {}
-        if any(".experts.0." in key for key in keys):  # a layer for each expert, as transformers can have it
+        keys = _header_keys(model, checkpoint_files or ())
+        if self.pre_quantized and any(".experts.0." in key for key in keys):  # a layer for each expert
             super()._convert_model_for_quantization(model)
         recipe = self.recipe.with_skips(self._skips(model, device_map))
         decisions = placing.decide(model, recipe)
-        if keys:
+        if keys and self.pre_quantized:
             decisions = self._as_stored(model, decisions, keys)
+        if keys:
+            decisions = _without_absent(model, decisions, keys)
         placing.place(model, decisions)
         for _, layer in _quantized(model):
             flagged: Any = layer
@@ -266,7 +269,7 @@ class FewbitsQuantizer(HfQuantizer):
             plain = placing.empty_plain(layer, parts[0].device)
             model._init_weights(plain)
             model.set_submodule(name, plain)
-            getattr(model, KEPT_REASONS)[name] = "not in the checkpoint: new and random"
+            getattr(model, KEPT_REASONS)[name] = _NEW
 
     # --- saving and undoing -------------------------------------------------------------------------
 
@@ -348,21 +351,44 @@ def _names_in_files(name: str, prefix: str) -> tuple[str, ...]:
 
 
 def _header_keys(model: Any, files: Iterable[str]) -> dict[str, str]:
-    """Name → dtype of all tensors in safetensors files, from their headers, renamed as the loader does."""
+    """Name in the model → dtype of all tensors in safetensors files, from their headers.
+
+    Names go the way that the loader sends them. Empty when that way splits tensors, whose further names it
+    does not tell.
+    """
     from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    if any(len(converter.target_patterns) > 1 for converter in converters):
+        return {}
+    known, prefix = model.state_dict(), model.base_model_prefix
     keys: dict[str, str] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                names = opened.keys()
-                keys |= {
-                    apply_renamings(name, renamings): opened.get_slice(name).get_dtype() for name in names
-                }
+                for name in list(opened.keys()):
+                    renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+                    keys[renamed] = opened.get_slice(name).get_dtype()
     return keys
+
+
+def _without_absent(
+    model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, str]
+) -> dict[str, Decision]:
+    """Layers that the checkpoint lacks, a new head for instance, are left for transformers to draw."""
+    present = {_layer_of(key) for key in keys if not key.endswith(".bias")}
+    tied = {name for pair in placing.tied_modules(model) for name in pair}
+    result = dict(decisions)
+    for name, decision in decisions.items():
+        if decision.scheme is None or name in tied or not hasattr(model.get_submodule(name), "weight"):
+            continue
+        if not present.intersection(_names_in_files(name, model.base_model_prefix)):
+            result[name] = Decision(None, _NEW)
+    return result
 
 
 register(takeover=owns_bitsandbytes())

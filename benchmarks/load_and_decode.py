@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from fewbits.machine import cpu_name
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 PROMPT_TOKENS = 8
@@ -157,18 +158,6 @@ def row(label: str, entries: list[dict[str, Any]], baseline: list[dict[str, Any]
     return f"{label:32}" + "".join(cells)
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-# --- the processes that work ------------------------------------------------------------------------
-
-
 def generate(job: dict[str, Any]) -> None:
     """Write a random Llama of about `millions` million parameters in bfloat16."""
     import torch
@@ -195,7 +184,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Load one model in one way and decode with it."""
     import torch
 
-    from fewbits.cli.demo_worker import PeakMemory
+    from fewbits.machine import PeakMemory
 
     if job["threads"]:
         torch.set_num_threads(job["threads"])

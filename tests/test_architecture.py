@@ -16,7 +16,7 @@ PACKAGE = "fewbits"
 
 # Each layer may import from those above it, and a module from its own package.
 LAYERS = (
-    ("codebook", "memory"),
+    ("codebook", "machine"),
     ("format",),
     ("tensor",),
     ("packing",),

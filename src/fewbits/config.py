@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -50,16 +51,16 @@ _UNREAD: dict[str, dict[str, object]] = {
 _BOTH_LOADS = "load_in_4bit and load_in_8bit are both True; only one can be. Set the other to False."
 
 
-class _Config:
+class _Config(ABC):
     """What every config shares: dictionaries, JSON, comparison and later changes."""
 
     quant_method: ClassVar[str]  # the key under which transformers looks its quantizer up
     _file_method: ClassVar[str]  # "quant_method" in dictionaries and JSON
     _stored_keys: ClassVar[tuple[str, ...]]  # what to_dict adds to the options of the constructor
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        raise NotImplementedError
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as JSON values."""

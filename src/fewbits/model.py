@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewbits import ops
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Format, Scheme
-from fewbits.memory import give_back_free_memory
+from fewbits.machine import give_back_free_memory
 from fewbits.nn import (
     QuantEmbedding,
     QuantLinear,

@@ -39,9 +39,11 @@ CONFIGS: dict[str, Any] = {
     "int8": BitsAndBytesConfig(load_in_8bit=True),
     "int4": fewbits.FewbitsConfig("int4:g16:zero"),
 }
-pytestmark = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+BITSANDBYTES = [config for config in CONFIGS.values() if isinstance(config, BitsAndBytesConfig)]
+by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
+@by_config
 @pytest.mark.parametrize(
     "device_map",
     [None, "auto", "balanced", "sequential", "cpu", {"": "cpu"}, {"": torch.device("cpu")}, ON_CPU],
@@ -69,6 +71,7 @@ def test_every_map_to_the_cpu_gives_the_same(
         assert {str(parameter.device) for parameter in model.parameters()} == {"cpu"}
 
 
+@by_config
 def test_a_quantized_checkpoint_runs_from_the_disk(
     config: Any, checkpoint: Checkpoint, load: Load, run: Run, quantized: Layers, tmp_path: Path
 ) -> None:
@@ -87,6 +90,7 @@ def test_a_quantized_checkpoint_runs_from_the_disk(
         assert model.generate(tokens, **settings).equal(wanted.generate(tokens, **settings))
 
 
+@by_config
 def test_a_model_on_the_disk_saves_exactly(
     config: Any, checkpoint: Checkpoint, load: Load, run: Run, same_tensors: Same, tmp_path: Path
 ) -> None:
@@ -97,6 +101,7 @@ def test_a_model_on_the_disk_saves_exactly(
     assert run(load(tmp_path / "again")).equal(run(model))
 
 
+@by_config
 @pytest.mark.parametrize("cls", [dict, fewbits.FewbitsConfig], ids=["asked", "own"])
 def test_quantizing_on_the_fly_onto_the_disk_is_refused_with_the_way_out(
     cls: Any, config: Any, checkpoint: Checkpoint, load: Load, tmp_path: Path
@@ -108,6 +113,7 @@ def test_quantizing_on_the_fly_onto_the_disk_is_refused_with_the_way_out(
     assert "device_map='cpu'" in str(raised.value)
 
 
+@by_config
 def test_a_model_on_the_disk_is_not_dequantized_silently(
     config: Any, checkpoint: Checkpoint, load: Load, run: Run, quantized: Layers, tmp_path: Path
 ) -> None:
@@ -120,6 +126,7 @@ def test_a_model_on_the_disk_is_not_dequantized_silently(
     assert run(model).equal(before)
 
 
+@pytest.mark.parametrize("config", BITSANDBYTES, ids=["nf4_dq", "fp4_in_bf16", "int8"])
 @pytest.mark.parametrize(
     ("device_map", "count"),
     [
@@ -134,8 +141,6 @@ def test_layers_sent_to_the_cpu_stay_plain_with_fp32_offload(
     device_map: dict[str, Any], count: int, config: Any, quantized: Layers
 ) -> None:
     """On the meta device, for maps to an accelerator that need not be there; nothing is computed."""
-    if isinstance(config, fewbits.FewbitsConfig):
-        pytest.skip("an option of BitsAndBytesConfig")
     settings = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "num_hidden_layers": 2}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))

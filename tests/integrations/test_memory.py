@@ -164,7 +164,7 @@ def test_what_lives_is_the_quantized_model_and_a_few_weights(
 
 CASES = {
     "nf4": (24, torch.bfloat16, "nf4", 0.5),
-    "int8": (24, torch.bfloat16, "int8", 0.75),
+    "int8": (24, torch.bfloat16, "int8", 0.7),
     "int4": (24, torch.bfloat16, "int4", 0.5),
     "nf4_from_float32": (16, torch.float32, "nf4", 0.65),
 }
@@ -186,7 +186,7 @@ def test_memory_taken_from_the_system_stays_far_below_the_full_model(
     peak, rest, footprint = growth_while_loading(path, "bfloat16", config)
     (path / "model.safetensors").unlink()
     shown = figures(peak, rest, footprint, full_bytes(layers))
-    assert peak < footprint + 16 * LARGEST + 48 * MB, shown
+    assert peak < footprint + 10 * LARGEST + 32 * MB, shown
     assert peak < share * full_bytes(layers), shown
     assert rest < footprint + 16 * MB, shown
     assert peak > 0.8 * footprint, f"nothing was measured: {shown}"

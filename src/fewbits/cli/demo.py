@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fewbits
+from fewbits.machine import cpu_name
 
 PROMPT = "Once upon a time"
 STAGES = ("starting", "loading", "generating", "comparing")
@@ -198,7 +198,7 @@ def _as_json(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     libraries = {name: version(name) for name in ("torch", "transformers")}
     report = {
         "versions": {"fewbits": fewbits.__version__, **libraries},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": first["threads"],
         "model": str(settings.model),
         "parameters": first["parameters"],
@@ -222,15 +222,6 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
 def _show(settings: Settings, rows: list[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -238,7 +229,7 @@ def _show(settings: Settings, rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     console.print(
         f"\n[bold]{settings.model}[/]: {first['parameters']:,} parameters, stored in {first['dtype']}; "
-        f"{_cpu_name()}, {first['threads']} {'thread' if first['threads'] == 1 else 'threads'}\n"
+        f"{cpu_name()}, {first['threads']} {'thread' if first['threads'] == 1 else 'threads'}\n"
     )
     console.print(_table(rows))
     for note in _notes(rows):

@@ -5,7 +5,6 @@ JOB is a `demo.Job` as JSON. The answer goes to stdout as JSON lines, see `demo.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import fewbits
 from fewbits.cli.demo import PROMPT, VARIANTS, Job, Variant
 from fewbits.evaluate import compare_logits, decode_rate, sample_sequences
-from fewbits.memory import give_back_free_memory
+from fewbits.machine import PeakMemory
 
 DECODED_TOKENS = 32
 DECODE_REPEATS = 3
@@ -131,47 +129,6 @@ def _continue(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:
     text = " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
     ends = [match.end() for match in re.finditer(r"[.!?][\"'”’]*(?=\s|$)", text)]
     return text[: ends[-1]] if ends else text
-
-
-class PeakMemory:
-    """The largest resident set of this process from now on.
-
-    exact: whether the system lets a process reset its own peak (Linux does). Otherwise the peak may
-    date from before, and what is reported is an upper bound.
-    """
-
-    def __init__(self) -> None:
-        gc.collect()
-        give_back_free_memory()  # else the model would reuse it, and go uncounted
-        self.exact = _reset_peak()
-        self.start: int = psutil.Process().memory_info().rss
-
-    def bytes_above_start(self) -> int:
-        """Bytes between the resident set at the start and the largest one since."""
-        return max(0, _peak_resident() - self.start)
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_resident() -> int:
-    """Bytes."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes everywhere but on macOS
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 if __name__ == "__main__":

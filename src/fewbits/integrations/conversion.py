@@ -120,7 +120,9 @@ class Pass(ConversionOps):
 
 def bitsandbytes_reader(quantizer: Any) -> WeightConverter:
     """Collects all tensors of a layer in a bitsandbytes file, by the names behind that of the layer."""
-    return WeightConverter(list(schema.KEYS), "weight", [ReadBitsAndBytes(quantizer)])
+    # Longest first: `weight` begins most of them, and the first that matches is taken.
+    names = sorted(schema.KEYS, key=len, reverse=True)
+    return WeightConverter(names, "weight", [ReadBitsAndBytes(quantizer)])
 
 
 def drop_readers(model: Any) -> None:

@@ -21,9 +21,9 @@ from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.integrations import owns_bitsandbytes
-from fewbits.memory import give_back_free_memory
+from fewbits.machine import give_back_free_memory
 from fewbits.model import Decision
-from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantModule
+from fewbits.nn import QuantEmbedding, QuantLinear, QuantModule
 from fewbits.recipe import Recipe, Rule
 from fewbits.report import KEPT_REASONS, report
 
@@ -101,10 +101,14 @@ class FewbitsQuantizer(HfQuantizer):
         return {device: size * 0.9 for device, size in max_memory.items()}
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes per element: layers are packed already; what only waits to be quantized takes no place."""
+        """Bytes per element; of a weight that waits to be quantized, those of the codes it will become."""
         layer, weight = _layer(model, param_name)
-        waits = isinstance(layer, QuantExperts) and weight in layer.weights()
-        return 0 if waits else param.element_size()
+        if self.pre_quantized or not isinstance(layer, QuantModule) or weight not in layer.weights():
+            return param.element_size()
+        if layer.is_stack:  # its codes are there already, under another name
+            return 0
+        codes = layer.scheme.weight.parts(layer.weights()[weight][0])[0]
+        return codes.nbytes / max(param.numel(), 1)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether `param_name` is quantized here, so that its shape on disk is not that in the model."""
@@ -131,8 +135,8 @@ class FewbitsQuantizer(HfQuantizer):
         for _, layer in _quantized(model):
             flagged: Any = layer
             flagged._is_hf_initialized = True  # transformers must not draw random codes
-            if isinstance(layer, QuantExperts) and not self.pre_quantized:
-                self._await_experts(layer)
+            if not self.pre_quantized:
+                self._await_weights(layer)
         self._state_skips(decisions)
         fits = all(isinstance(layer, QuantLinear) for _, layer in _quantized(model))
         if self.in_bitsandbytes_files and not self.pre_quantized and not fits:
@@ -187,12 +191,18 @@ class FewbitsQuantizer(HfQuantizer):
                     result[name] = Decision(None, "stored so in the checkpoint")
         return result
 
-    def _await_experts(self, layer: QuantExperts) -> None:
-        """Parameters under the names that a plain checkpoint has, until their weights arrive."""
+    def _await_weights(self, layer: QuantModule) -> None:
+        """Parameters with the names, shapes and dtypes of a plain checkpoint, until their weights arrive.
+
+        The loader casts what it reads to the dtype that it finds in the model.
+        """
         for weight, (shape, dtype) in layer.weights().items():
-            count = len(layer.get_parameter(f"{weight}_codes"))
-            size = shape[::-1] if getattr(layer, "is_transposed", False) else shape
-            waiting = torch.empty((count, *size), dtype=dtype, device="meta")
+            if layer.is_stack:
+                count = len(layer.get_parameter(layer.part_names(weight)["codes"]))
+                shape = torch.Size(
+                    (count, *(shape[::-1] if getattr(layer, "is_transposed", False) else shape))
+                )
+            waiting = torch.empty(shape, dtype=dtype, device="meta")
             layer.register_parameter(weight, nn.Parameter(waiting, requires_grad=False))
 
     def _leave_bitsandbytes_files(self, model: Any) -> None:

@@ -415,10 +415,10 @@ def test_a_stack_of_experts_takes_the_bytes_of_its_experts():
     layer = quantized(experts("mixtral"), "nf4:g64")
     sizes = {name: tensor.nbytes for name, tensor in layer.state_dict().items()}
     assert sizes == {
-        "gate_up_proj_codes": 5 * 48 * 16 // 2,
-        "gate_up_proj_scale": 5 * 12 * 4,
-        "down_proj_codes": 5 * 16 * 24 // 2,
-        "down_proj_scale": 5 * 6 * 4,
+        "quantized_gate_up_proj_codes": 5 * 48 * 16 // 2,
+        "quantized_gate_up_proj_scale": 5 * 12 * 4,
+        "quantized_down_proj_codes": 5 * 16 * 24 // 2,
+        "quantized_down_proj_scale": 5 * 6 * 4,
     }
 
 

@@ -1,9 +1,10 @@
 """Layers whose weights are quantized: linear, embedding, and the fused experts of a mixture.
 
 A layer holds the parts of its weight as plain tensors, so that devices, `state_dict`, safetensors and
-sharding treat it like any other. The codes are the parameter `weight` (of experts: `gate_up_proj_codes`);
-a part `scale` is `weight_scale`, `scale.codes` is `weight_scale_codes`. Codes of linear layers and embeddings
-are one column, [bytes, 1], in every format: 8-bit codes in the shape of the weight could be taken for it.
+sharding treat it like any other. The codes are the parameter `weight`, a part `scale` is `weight_scale`,
+`scale.codes` is `weight_scale_codes`; of experts, `quantized_gate_up_proj_codes` and so on. Codes of linear
+layers and embeddings are one column, [bytes, 1], in every format: 8-bit codes in the shape of the weight
+could be taken for it.
 """
 
 from __future__ import annotations
@@ -291,7 +292,9 @@ class QuantExperts(QuantModule):
             self._allocate(weight, shape, device, int(source.get_parameter(weight).shape[0]))
 
     def _attribute(self, weight: str, part: str) -> str:
-        return f"{weight}_{part.replace('.', '_')}"
+        # Not beginning with the name of the weight: transformers before 5.21 would split the parts into
+        # experts when it saves, as it does with the weight itself.
+        return f"quantized_{weight}_{part.replace('.', '_')}"
 
     def to_storage(self, codes: Tensor) -> Tensor:
         return codes

@@ -7,6 +7,7 @@ and, when fewbits owns the `bitsandbytes` entries, transformers' own `BitsAndByt
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from fewbits.report import KEPT_REASONS, report
 logger = logging.getLogger("fewbits")
 
 _TRIM_AFTER = 2**25  # bytes of weights quantized between two returns of freed memory
+_Header = tuple[str, tuple[int, ...]]  # of a tensor in a file: dtype, shape
 _NEW = "not in the checkpoint: new and random"
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _ORIGINAL_QUANTIZERS = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in _BITSANDBYTES}
@@ -78,13 +80,19 @@ class FewbitsQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot work: quantizing on the fly what goes to the disk."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else set()
-        if "disk" in places and not self.pre_quantized:
+        """Refuse what cannot work with layers on the disk."""
+        if not isinstance(device_map, dict) or "disk" not in device_map.values():
+            return
+        if not self.pre_quantized:
             raise ValueError(
                 "the device map puts layers on the disk, but quantizing while loading would leave their "
                 "unquantized weights there. Quantize once with device_map='cpu' and save_pretrained, then "
                 "load that folder with this device map"
+            )
+        if not self.in_bitsandbytes_files and _disk_casts():
+            raise ValueError(
+                "this transformers casts what it keeps on the disk to the dtype of the model, which would "
+                "change scales; upgrade transformers, or use a device map without 'disk'"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -137,6 +145,8 @@ class FewbitsQuantizer(HfQuantizer):
             flagged._is_hf_initialized = True  # transformers must not draw random codes
             if not self.pre_quantized:
                 self._await_weights(layer)
+        if self.pre_quantized and not self.in_bitsandbytes_files:
+            _check_sizes(model, keys)
         self._state_skips(decisions)
         fits = all(isinstance(layer, QuantLinear) for _, layer in _quantized(model))
         if self.in_bitsandbytes_files and not self.pre_quantized and not fits:
@@ -167,11 +177,11 @@ class FewbitsQuantizer(HfQuantizer):
         """Not before the headers of the checkpoint say how it stores experts."""
 
     def _as_stored(
-        self, model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, str]
+        self, model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, _Header]
     ) -> dict[str, Decision]:
         """Decisions corrected by the headers of the checkpoint: a weight is quantized if it is stored so.
 
-        `keys`: name → dtype of every tensor in the files. ValueError for codes without scales.
+        ValueError for codes without scales.
         """
         marks = schema.MARKS if self.in_bitsandbytes_files else ("_scale", "_scale_codes")
         stored = {_layer_of(key) for key in keys if key.endswith(marks)}
@@ -184,7 +194,7 @@ class FewbitsQuantizer(HfQuantizer):
             if decision.scheme is None and stored.intersection(names) and scheme is not None:
                 result[name] = Decision(scheme, "stored so in the checkpoint")
             elif decision.scheme is not None and not stored.intersection(names):
-                if any(keys.get(f"{one}.weight") in ("U8", "I8") for one in names):
+                if any(keys.get(f"{one}.weight", ("", ()))[0] in ("U8", "I8") for one in names):
                     raise ValueError(f"{name}: the checkpoint has codes but no scales; it is incomplete")
                 prefixes = tuple(f"{one}." for one in names)  # experts may be stored one by one
                 if plain.intersection(names) or any(layer.startswith(prefixes) for layer in plain):
@@ -349,6 +359,13 @@ def _layer(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
+def _disk_casts() -> bool:
+    """Whether this transformers offloads all tensors in one dtype, as it did at first."""
+    from transformers.integrations.accelerate import accelerate_disk_offload
+
+    return "dtype" in inspect.signature(accelerate_disk_offload).parameters
+
+
 def _layer_of(key: str) -> str:
     """The layer that a tensor of a checkpoint belongs to: all before its own name."""
     layer, _, name = key.rpartition(".")
@@ -360,8 +377,8 @@ def _names_in_files(name: str, prefix: str) -> tuple[str, ...]:
     return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
 
 
-def _header_keys(model: Any, files: Iterable[str]) -> dict[str, str]:
-    """Name in the model → dtype of all tensors in safetensors files, from their headers.
+def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
+    """Name in the model → (dtype, shape) of all tensors in safetensors files, from their headers.
 
     Names go the way that the loader sends them. Empty when that way splits tensors, whose further names it
     does not tell.
@@ -376,18 +393,31 @@ def _header_keys(model: Any, files: Iterable[str]) -> dict[str, str]:
     if any(len(converter.target_patterns) > 1 for converter in converters):
         return {}
     known, prefix = model.state_dict(), model.base_model_prefix
-    keys: dict[str, str] = {}
+    keys: dict[str, _Header] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
                 for name in list(opened.keys()):
                     renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
-                    keys[renamed] = opened.get_slice(name).get_dtype()
+                    header = opened.get_slice(name)
+                    keys[renamed] = (header.get_dtype(), tuple(header.get_shape()))
     return keys
 
 
+def _check_sizes(model: Any, keys: Mapping[str, _Header]) -> None:
+    """ValueError for stored parts whose shapes are not those of the layers."""
+    for name, layer in _quantized(model):
+        for attribute, tensor in layer.state_dict().items():
+            stored = keys.get(f"{name}.{attribute}", ("", tuple(tensor.shape)))[1]
+            if stored != tuple(tensor.shape):
+                raise ValueError(
+                    f"{name}.{attribute} is stored as {list(stored)}, but {layer} needs "
+                    f"{list(tensor.shape)}; the checkpoint belongs to another model or config"
+                )
+
+
 def _without_absent(
-    model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, str]
+    model: Any, decisions: Mapping[str, Decision], keys: Mapping[str, _Header]
 ) -> dict[str, Decision]:
     """Layers that the checkpoint lacks, a new head for instance, are left for transformers to draw."""
     present = {_layer_of(key) for key in keys if not key.endswith(".bias")}

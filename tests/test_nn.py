@@ -20,7 +20,14 @@ from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear
 from fewbits.recipe import Recipe, Rule
 
 FORMATS = [
-    "nf4:g64", "nf4:g64:dq", "fp4:g32", "int8:row", "int4:g32:f16:zero", "fp8_e5m2:row", "mxfp4", "nvfp4",
+    "nf4:g64",
+    "nf4:g64:dq",
+    "fp4:g32",
+    "int8:row",
+    "int4:g32:f16:zero",
+    "fp8_e5m2:row",
+    "mxfp4",
+    "nvfp4",
 ]
 every_format = pytest.mark.parametrize("spelling", FORMATS)
 STORAGES = ["uint8", "bfloat16", "float16", "float32"]
@@ -445,7 +452,9 @@ def test_experts_of_an_unknown_layout_compute_what_their_class_does_with_decoded
     x, weights = torch.randn(4, 16), torch.rand(4, 3)
     torch.testing.assert_close(layer(x, weights), plain(x, weights))
     assert not hasattr(layer, "up"), "decoded weights live no longer than the call"
-    assert set(layer.state_dict()) == {"up_codes", "up_scale", "down_codes", "down_scale"}
+    assert set(layer.state_dict()) == {
+        f"quantized_{name}_{part}" for name in ("up", "down") for part in ("codes", "scale")
+    }
 
 
 def test_formats_are_chosen_by_config_too():

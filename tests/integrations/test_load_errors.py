@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,24 @@ class TestBadWeights:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="float64")
         with pytest.raises(ValueError, match=r"100 bytes.*float64.*uint8"):
             load(path, config)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, -1])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_file_that_is_cut_off_is_named(
+    kept: float, quantized: bool, checkpoint: Checkpoint, load: Load, tmp_path: Path
+) -> None:
+    source = checkpoint("llama", torch.bfloat16)
+    folder = tmp_path / "cut"
+    if quantized:
+        load(source, NF4).save_pretrained(folder)
+    else:
+        shutil.copytree(source, folder)
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, int(size * kept) if kept == 0.5 else size - 1 if kept == -1 else int(kept))
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+        load(folder, *([] if quantized else [NF4]))
 
 
 class TestBadFiles:

@@ -381,9 +381,9 @@ def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
     """Name in the model → (dtype, shape) of all tensors in safetensors files, from their headers.
 
     Names go the way that the loader sends them. Empty when that way splits tensors, whose further names it
-    does not tell.
+    does not tell. ValueError, naming the file, for one that is cut off or none at all.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -395,12 +395,18 @@ def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
     known, prefix = model.state_dict(), model.base_model_prefix
     keys: dict[str, _Header] = {}
     for file in files:
-        if str(file).endswith(".safetensors"):
+        if not str(file).endswith(".safetensors"):
+            continue
+        try:
             with safe_open(file, framework="pt") as opened:
                 for name in list(opened.keys()):
                     renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
                     header = opened.get_slice(name)
                     keys[renamed] = (header.get_dtype(), tuple(header.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is no whole safetensors file: {error}. Fetch or save it again"
+            ) from error
     return keys
 
 

@@ -49,11 +49,11 @@ class PeakMemory:
         gc.collect()
         give_back_free_memory()  # else the model would reuse it, and go uncounted
         self.exact = _reset_peak()
-        self.start = _resident()
+        self.start = resident_bytes()
 
     def bytes_above_start(self) -> int:
         """Bytes between the resident set at the start and the largest one since."""
-        return max(0, _peak_resident() - self.start)
+        return max(0, peak_resident_bytes() - self.start)
 
 
 def _reset_peak() -> bool:
@@ -64,8 +64,8 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak_resident() -> int:
-    """Bytes."""
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process so far, in bytes."""
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
@@ -79,8 +79,8 @@ def _peak_resident() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
-def _resident() -> int:
-    """Bytes of this process in memory now."""
+def resident_bytes() -> int:
+    """The resident set of this process now, in bytes."""
     return int(_process().memory_info().rss)
 
 

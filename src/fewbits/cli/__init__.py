@@ -1,7 +1,7 @@
 """The `fewbits` command. One file per subcommand.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a fault of fewbits itself,
-2 something to mend by the user, 130 interrupted.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a check failed, 2 bad usage or
+input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, ParamSpec, TypeVar
 import typer
 
 import fewbits
+from fewbits.cli.common import FailedCheckError
 from fewbits.cli.demo import demo
 
 P = ParamSpec("P")
@@ -23,18 +24,20 @@ app = typer.Typer(
     name="fewbits",
     help="Language models in few bits.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
 def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors that the user can mend into one line on stderr and exit code 2."""
+    """Turn what the user can mend into one line on stderr and exit code 2, a failed check into 1."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except FailedCheckError as error:
+            typer.echo(f"failed: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
         except (ValueError, OSError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
@@ -61,7 +64,10 @@ def _options(
     """Language models in few bits."""
 
 
-app.command()(plain_errors(demo))
+# In the order of use, which `fewbits --help` shows.
+COMMANDS = (demo,)
+for _command in COMMANDS:
+    app.command()(plain_errors(_command))
 
 
 def main() -> None:

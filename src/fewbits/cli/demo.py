@@ -7,7 +7,6 @@ one cannot lean on what another left in memory. This process only waits and draw
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,11 +20,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fewbits
+from fewbits.cli.common import AsJson, Quiet, messages, print_json, results
 from fewbits.machine import cpu_name
 
 PROMPT = "Once upon a time"
@@ -97,8 +96,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the sequences.")] = 0,
     # More threads gain nothing on a model this small, and crawl where other work wants the same cores.
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; larger models gain from more.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize the embedded model to NF4, FP4 and LLM.int8(); show size, quality, speed and memory."""
     settings = Settings(_find_model(model), samples, tokens, seed, threads)
@@ -109,7 +108,7 @@ def demo(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     if as_json:
-        typer.echo(json.dumps(_as_json(settings, rows), indent=2, allow_nan=False))
+        print_json(_as_json(settings, rows))
     else:
         _show(settings, rows)
 
@@ -132,7 +131,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     """Yields step(description), to be called once per stage of each variant."""
     steps = len(VARIANTS) * len(STAGES)
     columns = (TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = messages()
     hidden = quiet or not console.is_terminal  # a log file gets no bars
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=steps)
@@ -196,7 +195,7 @@ def _run_worker(job: Job, label: str, step: Callable[[str], None]) -> dict[str, 
 def _as_json(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     first = rows[0]
     libraries = {name: version(name) for name in ("torch", "transformers")}
-    report = {
+    return {
         "versions": {"fewbits": fewbits.__version__, **libraries},
         "cpu": cpu_name(),
         "threads": first["threads"],
@@ -209,23 +208,10 @@ def _as_json(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "notes": _notes(rows),
         "rows": rows,
     }
-    finite: dict[str, Any] = _without_nan(report)
-    return finite
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON knows no nan and no infinity; both become null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=100)  # a file or pipe has no width to respect
+    console = results()
     first = rows[0]
     console.print(
         f"\n[bold]{settings.model}[/]: {first['parameters']:,} parameters, stored in {first['dtype']}; "

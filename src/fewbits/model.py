@@ -27,6 +27,7 @@ from fewbits.nn import (
 )
 from fewbits.recipe import Recipe
 from fewbits.report import KEPT_REASONS, Report, report
+from fewbits.tensor import QuantizedTensor
 
 _BLOCK = 2**19  # weights compared at a time
 
@@ -114,15 +115,19 @@ def fill(layer: QuantModule, weight: str, value: Tensor, name: str) -> dict[str,
 
     `value` has the orientation of the layer that `layer` replaced; `name` is what errors call it.
     """
-    matrices = layer.matrices(value)
-    quantized, error, total = [], 0.0, 0.0
-    for index, matrix in enumerate(matrices):
+    return layer.stored(weight, quantized(layer, weight, value, name))
+
+
+def quantized(layer: QuantModule, weight: str, value: Tensor, name: str) -> list[QuantizedTensor]:
+    """As `fill`, but the quantized tensors themselves: one, or one per expert."""
+    result, error, total = [], 0.0, 0.0
+    for index, matrix in enumerate(layer.matrices(value)):
         one = ops.quantize(matrix, layer.scheme.weight, name=f"{name}[{index}]" if layer.is_stack else name)
-        quantized.append(one)
+        result.append(one)
         squares = _squared_error(matrix, one.dequantize(matrix.dtype))
         error, total = error + squares[0], total + squares[1]
     layer.relative_errors[weight] = (error / total) ** 0.5 if total else 0.0
-    return layer.stored(weight, quantized)
+    return result
 
 
 def _squared_error(weight: Tensor, decoded: Tensor) -> tuple[float, float]:

@@ -248,25 +248,27 @@ def layers_of(tensors: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize("case", DOUBLE)
 def test_double_quantization_differs_only_by_the_coarse_lookup_of_the_cpu(cases: Path, case: str) -> None:
     """bitsandbytes' CPU code finds the 8-bit code of a scale through a table of 65,536 bins, so a scale near
-    the middle between two values may get the other one. fewbits takes the nearest, as CUDA does."""
+    the middle between two values may get the other one. fewbits takes the nearest, as CUDA does. The mean of
+    the scales may differ in its last bits: there it depends on the number of threads."""
     ours, theirs = written(cases, case, "fewbits"), written(cases, case, "bitsandbytes")
     plain_scales = written(cases, case.replace("_double", ""), "fewbits")
     values = torch.tensor(CODEBOOKS["dynamic8"].values)
     for key in layers_of(theirs):
-        assert same_bits(ours[f"{key}.nested_absmax"], theirs[f"{key}.nested_absmax"])
+        torch.testing.assert_close(
+            ours[f"{key}.nested_absmax"], theirs[f"{key}.nested_absmax"], rtol=2e-6, atol=0
+        )
         assert same_bits(ours[f"{key}.nested_quant_map"], theirs[f"{key}.nested_quant_map"])
-        states = [
-            {name: tensor for name, tensor in tensors.items() if name.startswith(f"{key}.quant_state")}
-            for tensors in (ours, theirs)
-        ]
-        assert [name for name in states[1] if not same_bits(states[0][name], states[1][name])] == []
+        state = next(name for name in theirs if name.startswith(f"{key}.quant_state"))
+        mine, other = (json.loads(bytes(tensors[state].tolist())) for tensors in (ours, theirs))
+        assert mine.pop("nested_offset") == pytest.approx(other.pop("nested_offset"), rel=3e-7)
+        assert mine == other
         if "nf4" in case:
             assert same_bits(ours[key], theirs[key])
         scale = plain_scales[f"{key}.absmax"]
         scaled = (scale - scale.mean()) / ours[f"{key}.nested_absmax"].repeat_interleave(256)[: len(scale)]
         mine, other = (values[tensors[f"{key}.absmax"].long()] for tensors in (ours, theirs))
         near, far = (mine - scaled).abs(), (other - scaled).abs()
-        assert bool((near <= far + 1e-7).all())
+        assert bool((near <= far + 1e-6).all())
         # A bin is 2 / 65,536 wide, so values at most that far from the middle can go wrong.
         assert float((far - near).max()) <= 2 * 2 / 65_536
 

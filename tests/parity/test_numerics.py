@@ -143,8 +143,10 @@ def test_double_quantization_stores_and_decodes_the_same(bnb, kind, shape, block
         weight, blocksize=block, quant_type=kind, compress_statistics=True
     )
     mine = quantize(weight, f"{kind}:g{block}:dq")
-    assert mine.scale.offset.item() == state.offset.item()
-    assert torch.equal(mine.scale.scale, state.state2.absmax)
+    # Its mean depends on the number of threads and on the vector width; ours is the same everywhere.
+    ulp = float(np.spacing(np.float32(state.offset)))
+    assert abs(mine.scale.offset.item() - state.offset.item()) <= 2 * ulp
+    assert (mine.scale.scale - state.state2.absmax).abs().max() <= 3 * ulp
     if kind == "nf4":
         assert torch.equal(mine.codes, codes)
     # Its CPU lookup of 65,536 bins takes another code now and then, most of all near 0; CUDA the nearest.
@@ -167,9 +169,9 @@ def check_nearest(mine: np.ndarray, theirs: np.ndarray, state: Any, weight: torc
     mine, theirs, rest, inner = (each[inner > 0] for each in (mine, theirs, rest, inner))
     exact = rest.astype(np.float64) / inner  # a lone scale is its own mean: any code will do
     nearest = np.abs(exact[:, None] - table).min(1)
-    assert (np.abs(table[mine] - exact) <= nearest + 1e-7).all()
+    assert (np.abs(table[mine] - exact) <= nearest + 1e-6).all()
     differ = mine != theirs
-    assert (np.abs(table[mine] - exact) <= np.abs(table[theirs] - exact) + 1e-7)[differ].all()
+    assert (np.abs(table[mine] - exact) <= np.abs(table[theirs] - exact) + 1e-6)[differ].all()
     assert (np.abs(table[mine] - table[theirs])[differ] <= np.diff(table).max()).all()
 
 

@@ -68,7 +68,8 @@ def can_store(scheme: Scheme) -> bool:
 def to_file(weight: QuantizedTensor, storage_dtype: str = "uint8") -> dict[str, Tensor]:
     """The tensors of one layer by key behind its name, as bitsandbytes writes them.
 
-    `storage_dtype` is what the bytes of 4-bit codes are viewed as. ValueError for a format that the schema
+    `storage_dtype` is what the bytes of 4-bit codes are viewed as. A weight on the meta device gives the shapes
+    that any of its shape has, and of the JSON text the greatest length. ValueError for a format that the schema
     cannot store.
     """
     if not can_store(Scheme(weight.format)):
@@ -96,12 +97,18 @@ def to_file(weight: QuantizedTensor, storage_dtype: str = "uint8") -> dict[str, 
         state |= {
             "nested_blocksize": nested.format.group.columns,
             "nested_dtype": "float32",
-            "nested_offset": nested.offset.item(),
+            # Its digits are known only with the weights; -1.2345678901234567e-123 is the longest.
+            "nested_offset": "?" * 22 if nested.offset.is_meta else nested.offset.item(),
         }
     else:
         found["weight.absmax"] = weight.scale
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=weight.device)
     return found | {f"{_STATE}{family}": text}
+
+
+def has_open_length(key: str) -> bool:
+    """Whether the tensor called `key` is text, whose length may depend on the values of the weight."""
+    return _STATE in key
 
 
 def from_file(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor:

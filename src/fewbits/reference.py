@@ -303,9 +303,19 @@ def _encode(values: Tensor, scale: Tensor, zero: Tensor | None, book: Codebook) 
         return codes.clamp(book.low, book.high).to(torch.int8 if book.signed else torch.uint8)
     _, thresholds, order = _tables(book, values.device)
     magnitude = scaled.abs() if book.sign_bit else scaled
-    codes = torch.bucketize(magnitude.contiguous(), thresholds, out_int32=True)
-    codes = codes.to(torch.uint8) if order is None else order[codes]
+    codes = _count_below(magnitude, thresholds)
+    codes = codes if order is None else order[codes.int()]
     return codes | ((scaled < 0).to(torch.uint8) << (book.bits - 1)) if book.sign_bit else codes
+
+
+def _count_below(values: Tensor, thresholds: Tensor) -> Tensor:
+    """uint8: how many of the ascending thresholds (at most 255) are smaller than each value."""
+    if len(thresholds) > 16:
+        return torch.bucketize(values.contiguous(), thresholds, out_int32=True).to(torch.uint8)
+    codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for threshold in thresholds.unbind():  # several times as fast as searching
+        codes += values > threshold
+    return codes
 
 
 def _reciprocal(book: Codebook, absmax: Tensor) -> Tensor:

@@ -68,9 +68,9 @@ def can_store(scheme: Scheme) -> bool:
 def to_file(weight: QuantizedTensor, storage_dtype: str = "uint8") -> dict[str, Tensor]:
     """The tensors of one layer by key behind its name, as bitsandbytes writes them.
 
-    `storage_dtype` is what the bytes of 4-bit codes are viewed as. A weight on the meta device gives the shapes
-    that any of its shape has, and of the JSON text the greatest length. ValueError for a format that the schema
-    cannot store.
+    `storage_dtype` is what the bytes of 4-bit codes are viewed as. A weight on the meta device gives the
+    shapes that any of its shape has, and of the JSON text the greatest length. ValueError for a format that
+    the schema cannot store.
     """
     if not can_store(Scheme(weight.format)):
         raise ValueError(f"bitsandbytes files hold nf4, fp4 and int8:row, not {weight.format}")

@@ -1,0 +1,106 @@
+"""The model card of a quantized checkpoint: what it was made from, how, and what that cost in accuracy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+# What a card of the original says that holds for the quantized model as well.
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+_MAX_CARD = 1_000_000  # characters that are looked at
+
+
+def inherited(text: str) -> dict[str, Any]:
+    """The facts of a card that its quantized model inherits, such as the licence; {} where there are none."""
+    found = _FRONT_MATTER.match(text[:_MAX_CARD])
+    try:
+        facts = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return {key: facts[key] for key in _INHERITED if key in facts} if isinstance(facts, dict) else {}
+
+
+def model_card(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The card as Markdown. `about` is the content of fewbits.json, `facts` what `inherited` found."""
+    front = {
+        "base_model": about["base_model"],
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "tags": ["fewbits", about["method"]],
+        **facts,
+    }
+    weights = about["weights"]
+    original, stored = sum(w["original_bytes"] for w in weights), sum(w["nbytes"] for w in weights)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {_text(about["name"])}
+
+{_text(about["base_model"])}, quantized by fewbits {about["versions"]["fewbits"]}:
+{_size(original)} became {_size(stored)}, {8 * stored / max(about["parameters"], 1):.2f} bits per weight.
+
+| stored as | weights | MB | bits per weight | relative error, mean | largest |
+|---|---:|---:|---:|---:|---:|
+{_table(weights)}
+
+The relative error of a weight W is ‖W − decode(W)‖ / ‖W‖. `fewbits.json` has it for every tensor, and the
+reason for those that were kept.
+
+## Use
+
+```python
+{_snippet(about)}
+```
+
+## How it was made
+
+```bash
+{about["command"]}
+```
+
+with {", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))}.
+`SHA256SUMS` lists the hashes of all files: `sha256sum --check SHA256SUMS`.
+"""
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _text(name: str) -> str:
+    """A foreign name on one line, without what Markdown takes for more than text."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(name.split()))
+
+
+def _table(weights: Sequence[Mapping[str, Any]]) -> str:
+    kinds = sorted({w["stored"] for w in weights})
+    lines = []
+    for kind in kinds:
+        these = [w for w in weights if w["stored"] == kind]
+        count, nbytes = sum(w["count"] for w in these), sum(w["nbytes"] for w in these)
+        errors = [w["relative_error"] for w in these if w["relative_error"] is not None]
+        mean = f"{sum(errors) / len(errors):.4f}" if errors else "–"
+        largest = f"{max(errors):.4f}" if errors else "–"
+        bits = 8 * nbytes / max(count, 1)
+        lines.append(f"| {kind} | {len(these)} | {nbytes / 1e6:.2f} | {bits:.3f} | {mean} | {largest} |")
+    return "\n".join(lines)
+
+
+def _snippet(about: Mapping[str, Any]) -> str:
+    own = about["method"] == "fewbits"
+    first = "import fewbits\n" if own else ""
+    note = (
+        ""
+        if own
+        else "\n# bitsandbytes loads it, and so does `import fewbits` where that package is not installed"
+    )
+    return (
+        f"{first}from transformers import AutoTokenizer, {about['architecture']}\n{note}\n"
+        f'model = {about["architecture"]}.from_pretrained("{about["name"]}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{about["name"]}")'
+    )

@@ -1,0 +1,144 @@
+"""The end of a job: what goes beside the weights, and the one rename that makes the result appear.
+
+fewbits.json    every weight: stored as what, or kept and why; relative errors; versions; source
+README.md       the model card
+SHA256SUMS      hashes of all files, for `sha256sum --check` and `fewbits verify`
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewbits.checkpoint.card import model_card
+from fewbits.checkpoint.files import file_hash, sync_folder, write_atomically
+from fewbits.checkpoint.folder import CONFIG, INDEX, checked_file
+from fewbits.checkpoint.job import Advance, partial_folder, read_record
+from fewbits.checkpoint.safetensors import CheckpointError, read_header
+
+SIDE_FILE = "fewbits.json"
+HASHES = "SHA256SUMS"
+
+
+_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab")
+_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_MADE = (CONFIG, INDEX, SIDE_FILE, HASHES, "README.md")
+_MAX_CARRIED = 2**30  # bytes of a file
+
+
+def carried(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Files that go along with a checkpoint (tokenizer, generation config, licence): name → path; and the
+    names of all else but weights, which stays behind: code, folders, other formats.
+
+    CheckpointError for a link out of the folder.
+    """
+    found: dict[str, Path] = {}
+    left = []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name in _MADE or name.startswith(".") or name.endswith(".safetensors"):
+            continue
+        wanted = name.endswith(_CARRIED_SUFFIXES) or name.startswith(_CARRIED_NAMES)
+        if wanted and checked_file(folder, name).is_file() and path.stat().st_size <= _MAX_CARRIED:
+            found[name] = path
+        else:
+            left.append(name)
+    return found, left
+
+
+def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> None:
+    """Check that all shards of the job for `out` are there and whole, write the rest, rename it to `out`.
+
+    CheckpointError names what is missing or damaged; FileExistsError for an `out` that exists, unless
+    `overwrite`, which replaces it. Interrupted, it can be run again.
+    """
+    partial = partial_folder(out)
+    identity = read_identity(partial)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; --overwrite replaces it")
+    records = _checked_records(partial, identity, advance)
+    if len(records) > 1:
+        write_atomically(partial / INDEX, _index(partial, identity, list(records)).encode())
+    errors = {name: error for record in records.values() for name, error in record["errors"].items()}
+    about = {**identity, "weights": [_entry(entry, errors) for entry in identity["weights"]]}
+    del about["shards"]
+    write_atomically(partial / SIDE_FILE, _json(about).encode())
+    write_atomically(partial / "README.md", model_card(about, identity["card"]).encode())
+    hashes = {name: record["sha256"] for name, record in records.items()}
+    for path in sorted(partial.iterdir()):
+        if path.is_file() and path.name not in (*hashes, HASHES) and not path.name.endswith(".tmp"):
+            hashes[path.name] = file_hash(path)
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
+    write_atomically(partial / HASHES, "".join(lines).encode())
+    _rename(partial, out)
+
+
+def read_identity(partial: Path) -> dict[str, Any]:
+    """What the job in `partial` is. FileNotFoundError when there is none."""
+    path = partial / ".job" / "job.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {partial}; run `fewbits quantize` first")
+    identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return identity
+
+
+def _checked_records(
+    partial: Path, identity: Mapping[str, Any], advance: Advance
+) -> dict[str, dict[str, Any]]:
+    names = [name for name, _ in identity["shards"]]
+    found = {name: read_record(partial, name) for name in names}
+    if missing := [name for name, record in found.items() if record is None]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} shards are not finished: {missing[0]}{more}; run their workers "
+            "again, or `fewbits quantize` with --resume"
+        )
+    records = {name: record for name, record in found.items() if record is not None}
+    for name, record in records.items():
+        if file_hash(partial / name, advance) != record["sha256"]:
+            (partial / ".job" / f"{name}.json").unlink()
+            raise CheckpointError(
+                f"{partial / name} is not what was written any more; the disk may be failing. Make it again: "
+                "`fewbits quantize` with --resume"
+            )
+    return records
+
+
+def _index(partial: Path, identity: Mapping[str, Any], names: list[str]) -> str:
+    headers = {name: read_header(partial / name) for name in names}
+    places = {tensor: name for name, header in headers.items() for tensor in header.tensors}
+    size = sum(info.nbytes for header in headers.values() for info in header.tensors.values())
+    return _json(
+        {"metadata": {"total_parameters": identity["parameters"], "total_size": size}, "weight_map": places}
+    )
+
+
+def _entry(entry: Mapping[str, Any], errors: Mapping[str, float]) -> dict[str, Any]:
+    return {**entry, "relative_error": errors.get(entry["name"])}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """`partial` becomes `out`. An `out` that is there steps aside first, and goes when the new one is in
+    place."""
+    aside = out.with_name(f"{out.name}.replaced")
+    if out.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        out.rename(aside)
+    try:
+        partial.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    sync_folder(out.parent)
+    shutil.rmtree(out / ".job")
+    if aside.exists():
+        shutil.rmtree(aside)

@@ -389,12 +389,12 @@ class TestFinish:
         assert contents(tmp_path / "out") == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 kB."""
+@pytest.fixture(params=[72, 88])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of that many kB: too small for all shards, or for what goes beside them."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "fewbits-test", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "fewbits-test", str(place)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs more rights than these")
     yield place
@@ -405,7 +405,6 @@ class TestFullDisk:
     def test_nothing_half_made_is_left_and_it_goes_on(
         self, source: Path, small_disk: Path, tmp_path: Path
     ) -> None:
-        """Four shards of 5 pages and their records do not fit into 24."""
         work = new_job(source, small_disk / "out")
         with pytest.raises(OSError, match="No space left") as caught:
             do(work, threads=1)
@@ -414,7 +413,6 @@ class TestFullDisk:
         assert not list(work.partial.rglob("*.part"))
         finished = [job.read_record(work.partial, shard.name) is not None for shard in work.shards]
         assert any(finished)
-        assert not all(finished)
         subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
         do(new_job(source, small_disk / "out"), join=True)
         do(new_job(source, tmp_path / "straight" / "out"))

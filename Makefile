@@ -18,8 +18,9 @@ say = @echo "$(1)" >&2
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.runtime ## quantize a small model and talk to it (installs the runtime only)
-	@$(BIN)/fewbits demo $(ARGS)
+demo: $(VENV)/.runtime ## quantize a small model, compare, write build/demo.html (installs the runtime only)
+	@mkdir -p build
+	@$(BIN)/fewbits demo --html build/demo.html $(ARGS)
 
 test: $(VENV)/.dev ## run the tests but the slow ones; ARGS="-k name" narrows
 	@$(PYTEST_PARALLEL) -m "not slow" $(ARGS)
@@ -53,7 +54,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt CMakeLists.txt | $(BIN)/python
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(call say,Installing fewbits and what it runs on)
 	@$(PIP) scikit-build-core $$(command -v cmake >/dev/null || echo cmake)
-	@$(PIP) --no-build-isolation --editable .
+	@$(PIP) --no-build-isolation --editable '.[report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

@@ -42,8 +42,10 @@ FOREIGN = {
     "triton": ("backends.triton",),
     "typer": ("cli",),
     "rich": ("cli",),
+    "matplotlib": ("cli.page",),
+    "jinja2": ("cli.page",),
 }
-NOT_LOADED_BY_IMPORT = ("transformers", "peft", "accelerate", "triton", "bitsandbytes")
+NOT_LOADED_BY_IMPORT = ("transformers", "peft", "accelerate", "triton", "bitsandbytes", "matplotlib")
 
 # These repeat the signatures of other packages, open ends included.
 MIRRORS = ("config", "integrations")

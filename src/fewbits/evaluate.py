@@ -1,4 +1,4 @@
-"""Measure what quantization does to a language model: perplexity, KL divergence, speed.
+"""Measure what quantization does to a language model: perplexity, KL divergence, weight errors, speed.
 
 A causal language model is here anything that answers `model(input_ids=ids).logits` and
 `model.generate(...)`. No text is needed: the model's own seeded samples serve as the test set.
@@ -6,16 +6,23 @@ A causal language model is here anything that answers `model(input_ids=ids).logi
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Logits are widened to float32 in chunks of at most this many elements (16 MiB each).
+from fewbits.nn import QuantModule, is_transposed
+
+# Logits of one forward pass of one model, in bytes at most (256 MiB).
+LOGIT_BYTES = 1 << 28
+# Logits, and weights, are widened to float32 in chunks of at most this many elements (16 MiB each).
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -100,10 +107,19 @@ def _sample_rows(model: CausalLM, begin: int, chance: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare_logits(reference: CausalLM, model: CausalLM, sequences: Tensor, *, batch: int = 8) -> Quality:
+def compare_logits(
+    reference: CausalLM,
+    model: CausalLM,
+    sequences: Tensor,
+    *,
+    batch: int = 8,
+    progress: Callable[[float], None] | None = None,
+) -> Quality:
     """Score `model` against `reference` on sequences, int64 [count, length], each fed as it stands.
 
-    Holds the logits of `batch` sequences of both models at a time and widens them to float32 in chunks.
+    A forward pass takes at most `batch` sequences, and makes at most LOGIT_BYTES of logits: where one
+    sequence makes more, it is fed again for each part of its logits. Only a model whose forward knows no
+    `logits_to_keep` makes all those of a sequence at once. `progress` is told the share done, 0 to 1.
 
     Raises ValueError for fewer than two sequences (no interval then), fewer than two tokens a sequence,
     a batch below 1, or two models with vocabularies of different size.
@@ -116,7 +132,12 @@ def compare_logits(reference: CausalLM, model: CausalLM, sequences: Tensor, *, b
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}.")
     # Per token: [divergence, negative log-likelihood, same top token].
-    parts = [_score(reference, model, rows) for rows in torch.split(sequences, batch)]
+    parts: list[Tensor] = []
+    total = sequences.shape[0] * (sequences.shape[1] - 1)
+    for rows, kept in _passes(reference, model, sequences, batch):
+        parts.append(_score(reference, model, rows, kept))
+        if progress is not None:
+            progress(sum(part.shape[1] for part in parts) / total)
     divergence, loss, same = torch.cat(parts, dim=1).double().unbind()
     per_sequence = divergence.view(sequences.shape[0], -1).mean(1)
     return Quality(
@@ -131,6 +152,30 @@ def compare_logits(reference: CausalLM, model: CausalLM, sequences: Tensor, *, b
     )
 
 
+def _passes(
+    reference: CausalLM, model: CausalLM, sequences: Tensor, batch: int
+) -> Iterator[tuple[Tensor, range]]:
+    """(rows of sequences, positions of theirs to score) of every forward pass, in order."""
+    steps = sequences.shape[1] - 1
+    probes = [one(input_ids=sequences[:1, :1].to(_device(one))).logits for one in (reference, model)]
+    size, other = (probe.shape[-1] for probe in probes)
+    if size != other:
+        raise ValueError(
+            f"comparing needs one vocabulary; the reference has {size} tokens, the model {other}."
+        )
+    fitting = max(1, LOGIT_BYTES // (size * max(probe.element_size() for probe in probes)))
+    if not (_keeps_logits(reference) and _keeps_logits(model)):
+        fitting = max(fitting, steps)
+    for rows in torch.split(sequences, max(1, min(batch, fitting // steps))):
+        for start in range(0, steps, fitting):
+            yield rows, range(start, min(start + fitting, steps))
+
+
+def _keeps_logits(model: CausalLM) -> bool:
+    """Whether the forward of `model` can be asked for the logits of some positions only."""
+    return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
+
+
 def _quantile(values: Tensor, share: float) -> float:
     """Linear between neighbours; torch.quantile refuses more than 2**24 values."""
     ordered = values.sort().values
@@ -140,24 +185,23 @@ def _quantile(values: Tensor, share: float) -> float:
     return torch.lerp(ordered[below], ordered[above], position - below).item()
 
 
-def _score(reference: CausalLM, model: CausalLM, rows: Tensor) -> Tensor:
-    """rows int64 [count, length] -> float32 [3, count * (length - 1)]: divergence, loss, same top."""
-    truth, guess = _logits(reference, rows), _logits(model, rows)
-    if truth.shape[-1] != guess.shape[-1]:
-        raise ValueError(
-            f"comparing needs one vocabulary; the reference has {truth.shape[-1]} tokens, "
-            f"the model {guess.shape[-1]}."
-        )
-    targets = rows[:, 1:].reshape(-1, 1)
+def _score(reference: CausalLM, model: CausalLM, rows: Tensor, kept: range) -> Tensor:
+    """rows int64 [count, length] -> float32 [3, count * len(kept)]: divergence, loss, same top token."""
+    truth = _logits(reference, rows, kept)
+    guess = truth if model is reference else _logits(model, rows, kept)
+    targets = rows[:, kept.start + 1 : kept.stop + 1].reshape(-1, 1)
     size = max(1, CHUNK_ELEMENTS // truth.shape[-1])
     chunks = zip(torch.split(truth, size), torch.split(guess, size), torch.split(targets, size), strict=True)
     return torch.cat([_score_chunk(*chunk) for chunk in chunks], dim=1)
 
 
-def _logits(model: CausalLM, rows: Tensor) -> Tensor:
-    """Logits of every position that predicts a token of rows: [count * (length - 1), vocabulary]."""
+def _logits(model: CausalLM, rows: Tensor, kept: range) -> Tensor:
+    """Logits at the positions `kept` of rows: [count * len(kept), vocabulary]."""
     # The last token predicts nothing that could be scored, so it is not fed.
-    logits: Tensor = model(input_ids=rows[:, :-1].to(_device(model)), use_cache=False).logits
+    feed = partial(model, input_ids=rows[:, :-1].to(_device(model)), use_cache=False)
+    if len(kept) < rows.shape[1] - 1:
+        feed = partial(feed, logits_to_keep=torch.arange(kept.start, kept.stop, device=_device(model)))
+    logits: Tensor = feed().logits
     return logits.flatten(0, 1)
 
 
@@ -170,6 +214,70 @@ def _score_chunk(truth: Tensor, guess: Tensor, targets: Tensor) -> Tensor:
     loss = -log_q.gather(-1, targets.to(log_q.device)).squeeze(-1)
     same = log_p.argmax(-1) == log_q.argmax(-1)
     return torch.stack([divergence, loss, same.float()]).cpu()
+
+
+@torch.inference_mode()
+def weight_errors(reference: nn.Module, model: nn.Module) -> dict[str, float]:
+    """‖R - W‖ / ‖R‖ of every weight W of `model` against R of `reference`, both decoded, by name.
+
+    Biases and norms count as weights; what is tied in both models appears once. Works for plain models and
+    for those that fewbits quantized or loaded, in any pairing. One weight at a time is decoded.
+
+    Raises ValueError if the two do not have the same weights, by name and shape.
+    """
+    truth, guess = _weights(reference), _weights(model)
+    if odd := sorted(truth.keys() ^ guess.keys()):
+        place = "reference" if odd[0] in truth else "model"
+        raise ValueError(
+            f"errors of weights need two models of one architecture; {len(odd)} weights are in one of them "
+            f"only, such as {odd[0]} in the {place}."
+        )
+    errors: dict[str, float] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, (identity, decode) in truth.items():
+        other_identity, other_decode = guess[name]
+        if (identity, other_identity) not in seen:
+            seen.add((identity, other_identity))
+            errors[name] = _relative_error(name, decode(), other_decode())
+    return errors
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
+    """Name → (identity of the stored tensor, how to get the weight; of linear layers as [out, in])."""
+    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        parts: set[str] = set()
+        if isinstance(module, QuantModule):
+            for weight in module.weights():
+                names = module.part_names(weight)
+                parts.update(names.values())
+                codes = getattr(module, names["codes"])
+                found[prefix + weight] = (id(codes), partial(module.dequantize, weight))
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if name not in parts:
+                turned = is_transposed(type(module)) and parameter.dim() == 2
+                found[prefix + name] = (id(parameter), partial(_as_stored, parameter, turned))
+    return found
+
+
+def _as_stored(parameter: Tensor, turned: bool) -> Tensor:
+    return parameter.T if turned else parameter
+
+
+def _relative_error(name: str, exact: Tensor, decoded: Tensor) -> float:
+    if exact.shape != decoded.shape:
+        raise ValueError(
+            f"errors of weights need two models of one architecture; {name} is {list(exact.shape)} in the "
+            f"reference and {list(decoded.shape)} in the model."
+        )
+    error = total = 0.0
+    pairs = (tensor.reshape(-1).split(CHUNK_ELEMENTS) for tensor in (exact, decoded))
+    for one, other in zip(*pairs, strict=True):
+        wide = one.float()
+        error += (wide - other.to(wide.device).float()).double().square().sum().item()
+        total += wide.double().square().sum().item()
+    return math.sqrt(error / total) if total else (math.inf if error else 0.0)
 
 
 @torch.inference_mode()

@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,81 @@ def usable_cores() -> int:
     """Processor cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that control groups allow this process; None: no limit."""
+    limits = []
+    for found in _control_groups("cpu.max"):
+        quota, _, period = found.partition(" ")
+        limits += [int(quota) / int(period)] if quota != "max" else []
+    quotas = zip(_control_groups("cpu.cfs_quota_us"), _control_groups("cpu.cfs_period_us"), strict=False)
+    limits += [int(quota) / int(period) for quota, period in quotas if int(quota) > 0]
+    return min(limits, default=None)
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor says it can do, in the words of Linux; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a machine or an accelerator; limit: what control groups leave this process, if they do."""
+
+    total: int
+    available: int
+    limit: int | None = None
+
+
+def memory() -> Memory:
+    """Main memory. `available` respects the limit of control groups."""
+    import psutil
+
+    system = psutil.virtual_memory()
+    texts = [*_control_groups("memory.max"), *_control_groups("memory.limit_in_bytes")]
+    limit = min((int(text) for text in texts if text != "max"), default=system.total)
+    if limit >= system.total:
+        return Memory(system.total, system.available)
+    return Memory(system.total, max(0, min(system.available, limit - resident_bytes())), limit)
+
+
+def accelerators() -> dict[str, tuple[str, Memory]]:
+    """Device → (what it is called, its memory) of all that torch can use now."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return {}
+    backend: Any = getattr(torch, kind.type)
+    if kind.type == "mps":  # shares main memory
+        total = int(backend.recommended_max_memory())
+        return {"mps": (cpu_name(), Memory(total, total - int(backend.current_allocated_memory())))}
+    found = {}
+    for index in range(torch.accelerator.device_count()):
+        free, total = backend.mem_get_info(index)
+        found[f"{kind.type}:{index}"] = (str(backend.get_device_name(index)), Memory(total, free))
+    return found
+
+
+def _control_groups(name: str) -> Iterator[str]:
+    """The text of the file `name` in every control group that this process is in, and those around them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        root = Path("/sys/fs/cgroup", controllers)
+        inner = root / group.strip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root) and (folder / name).is_file():
+                yield (folder / name).read_text().strip()
 
 
 class PeakMemory:

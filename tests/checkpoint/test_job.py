@@ -65,6 +65,7 @@ def new_job(source: Path, out: Path, shards: int = 4, **changes: Any) -> Job:
         ],
         "parameters": 2048 * COUNT,
         "card": {"license": "mit"},
+        "carried": {},
         "base_model": "org/base",
         "name": out.name,
         "method": "fewbits",
@@ -333,10 +334,14 @@ class TestWorkers:
         try:
             with pytest.raises(BlockingIOError, match="another process is writing model-00001-of-00004"):
                 job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+            with pytest.raises(BlockingIOError, match="still writing"):
+                job.discard(work.partial)
         finally:
             leave.set()
             other.join()
         assert job.read_record(work.partial, work.shards[0].name) is not None
+        job.discard(work.partial)
+        assert not work.partial.exists()
 
 
 class TestFinish:
@@ -368,6 +373,38 @@ class TestFinish:
         assert not (tmp_path / "out" / "old").exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
+    def test_foreign_files_do_not_get_into_the_result(self, source: Path, tmp_path: Path) -> None:
+        work = new_job(source, tmp_path / "out")
+        job.start(work, join=False)
+        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        (work.partial / "model.bin").write_text("evil")
+        with pytest.raises(FileExistsError, match=r"model\.bin"):
+            finish.finish(work.out, overwrite=False)
+
+    @pytest.mark.parametrize("atomic", [True, False])
+    def test_replacing_with_and_without_an_exchange(
+        self, atomic: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        do(new_job(source, tmp_path / "out"))
+        if not atomic:
+            monkeypatch.setattr(finish, "exchange", lambda one, other: False)
+        work = new_job(source, tmp_path / "out", base_model="org/other")
+        job.start(work, join=False)
+        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        finish.finish(work.out, overwrite=True)
+        assert "org/other" in (work.out / "README.md").read_text()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+    def test_exchange(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).touch()
+        if not files.exchange(tmp_path / "a", tmp_path / "b"):
+            pytest.skip("this system cannot exchange two names")
+        assert (tmp_path / "a" / "b").exists()
+        assert (tmp_path / "b" / "a").exists()
+        assert not files.exchange(tmp_path / "a", tmp_path / "nowhere")
+
     def test_a_failing_rename_leaves_the_old_result(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -383,6 +420,7 @@ class TestFinish:
                 raise OSError(errno.EIO, "no")
             return rename(self, target)
 
+        monkeypatch.setattr(finish, "exchange", lambda one, other: False)
         monkeypatch.setattr(Path, "rename", failing)
         with pytest.raises(OSError, match="no"):
             finish.finish(work.out, overwrite=True)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from fewbits.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,5 +43,20 @@ def fewbits() -> Fewbits:
             timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
+
+    return run
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> Fewbits:
+    """As `fewbits`, but in this process: without the seconds that an interpreter takes to start."""
+
+    def run(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        words = [str(argument) for argument in arguments]
+        done = CliRunner().invoke(app, words, prog_name="fewbits", env={"NO_COLOR": "1", "COLUMNS": "100"})
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
     return run

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 QUANTIZED = ("nf4", "nf4_reloaded", "fp4", "int8")
 
-
-def fewbits(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "NO_COLOR": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "fewbits", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+Fewbits = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    if not (ROOT / "demo" / "model" / "config.json").is_file():
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo of `report` writes its page."""
+    return tmp_path_factory.mktemp("demo") / "demo.html"
+
+
+@pytest.fixture(scope="module")
+def report(fewbits: Fewbits, demo_model: Path, page: Path) -> dict[str, Any]:
+    if not (demo_model / "config.json").is_file():
         pytest.skip("the embedded model is not in this checkout")
-    done = fewbits("demo", "--json", "--quiet", "--samples", "4", "--tokens", "32")
+    small = ("--samples", "4", "--tokens", "32")
+    done = fewbits("demo", "--json", "--quiet", *small, "--html", page)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     loaded: dict[str, Any] = json.loads(done.stdout)
@@ -86,9 +86,23 @@ class TestDemo:
             assert 0 < row["peak_bytes"] < 1e9
             assert row["text"].startswith("Once upon a time")
 
+    def test_weight_errors(self, rows: dict[str, dict[str, Any]]) -> None:
+        """Those of a saved copy are those of the original, and fewer bits err more."""
+        assert rows["full"]["weight_errors"] == {}
+        assert rows["nf4_reloaded"]["weight_errors"] == rows["nf4"]["weight_errors"]
+        worst = {key: rows[key]["worst_weight"][1] for key in QUANTIZED}
+        assert worst["int8"] < 0.02 < 0.08 < worst["nf4"] < worst["fp4"] < 0.15
 
-def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = fewbits("demo", "--model", str(tmp_path / "nowhere"))
+    def test_the_page(self, report: dict[str, Any], page: Path) -> None:
+        text = page.read_text(encoding="utf-8")
+        assert report["verdict"].split(" keeps ")[0] in text
+        assert text.count("<svg") == 4  # two plots, each wide and narrow
+        assert all(row["text"] in text for row in report["rows"])
+        assert list(page.parent.iterdir()) == [page]
+
+
+def test_a_missing_model_is_one_line_and_exit_code_2(fewbits: Fewbits, tmp_path: Path) -> None:
+    done = fewbits("demo", "--model", tmp_path / "nowhere")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
@@ -96,29 +110,36 @@ def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_broken_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_broken_model_is_one_line_and_exit_code_2(fewbits: Fewbits, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    done = fewbits("demo", "--quiet", "--model", str(tmp_path))
+    done = fewbits("demo", "--quiet", "--model", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: full precision: ")
+    assert done.stderr.startswith(f"error: {tmp_path} has no safetensors file")
     assert done.stderr.count("\n") == 1
 
 
-def test_too_few_samples_are_refused() -> None:
+def test_a_page_in_no_folder_is_refused_before_measuring(fewbits: Fewbits, tmp_path: Path) -> None:
+    done = fewbits("demo", "--html", tmp_path / "nowhere" / "demo.html")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "make it first" in done.stderr
+
+
+def test_too_few_samples_are_refused(fewbits: Fewbits) -> None:
     done = fewbits("demo", "--samples", "1")
     assert done.returncode == 2
     assert "--samples" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands(fewbits: Fewbits) -> None:
     done = fewbits("--help")
     assert done.returncode == 0
     assert "demo" in done.stdout
     assert done.stderr == ""
 
 
-def test_version() -> None:
+def test_version(fewbits: Fewbits) -> None:
     done = fewbits("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("fewbits ")

@@ -62,6 +62,7 @@ def stream(
     identity = {
         "shards": [[shard.name, shard.size] for shard in shards],
         "weights": [],
+        "carried": {},
         "parameters": 0,
         "card": {},
         "base_model": "x",
@@ -283,6 +284,68 @@ def test_tied_weights_are_stored_once_whichever_name_they_have(
     on_the_fly(source, tmp_path / "fly", CONFIGS["int4"], load)
     stream(source, tmp_path / "out", CONFIGS["int4"])
     same_tensors(tmp_path / "fly", tmp_path / "out")
+
+
+def saved_tiny(name: str, settings: dict[str, Any], folder: Path) -> Path:
+    config = getattr(transformers, f"{name}Config")(**settings)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+_SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Mamba2", {**_SMALL, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "expand": 2}),
+        ("Gemma2", {**_SMALL, "num_key_value_heads": 2, "head_dim": 16}),
+        ("Phi", _SMALL),
+        ("GPTNeoX", _SMALL),
+        ("Olmo2", _SMALL),
+    ],
+)
+def test_further_architectures(
+    name: str, settings: dict[str, Any], load: Load, same_tensors: Same, tmp_path: Path
+) -> None:
+    """Mamba2 has an infinite number in its config, which JSON files spell in a way of their own."""
+    source = saved_tiny(name, settings, tmp_path / "source")
+    on_the_fly(source, tmp_path / "fly", CONFIGS["int4"], load)
+    stream(source, tmp_path / "out", CONFIGS["int4"])
+    same_tensors(tmp_path / "fly", tmp_path / "out")
+
+
+def test_vision_language_mixtures(load: Load, same_tensors: Same, tmp_path: Path) -> None:
+    text = {
+        **_SMALL,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(3)
+    model = transformers.Qwen3VLMoeForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    for name in ("int4", "nf4_dq"):
+        on_the_fly(tmp_path / "source", tmp_path / f"fly-{name}", CONFIGS[name], load)
+        stream(tmp_path / "source", tmp_path / f"out-{name}", CONFIGS[name])
+        same_tensors(tmp_path / f"fly-{name}", tmp_path / f"out-{name}")
 
 
 def test_what_a_hostile_config_asks_for_is_left_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _HASH_BLOCK = 2**22  # bytes
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag of Linux' renameat2
 
 
 def reserve(descriptor: int, size: int) -> None:
@@ -71,6 +73,17 @@ def _replaced(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two existing paths change places in one step; False, and nothing done, where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = (os.fsencode(os.path.abspath(path)) for path in (one, other))
+    first, second = names
+    return bool(rename(_HERE, first, _HERE, second, _RENAME_EXCHANGE) == 0)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,13 +8,14 @@ SHA256SUMS      hashes of all files, for `sha256sum --check` and `fewbits verify
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoint.card import model_card
-from fewbits.checkpoint.files import file_hash, sync_folder, write_atomically
+from fewbits.checkpoint.files import exchange, file_hash, sync_folder, write_atomically
 from fewbits.checkpoint.folder import CONFIG, INDEX, checked_file
 from fewbits.checkpoint.job import Advance, partial_folder, read_record
 from fewbits.checkpoint.safetensors import CheckpointError, read_header
@@ -56,10 +57,14 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
     `overwrite`, which replaces it. Interrupted, it can be run again.
     """
     partial = partial_folder(out)
+    check_place(out)
     identity = read_identity(partial)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it")
     records = _checked_records(partial, identity, advance)
+    expected = {*records, *identity["carried"], *_MADE, ".job"}
+    if foreign := sorted(path.name for path in partial.iterdir() if path.name not in expected):
+        raise FileExistsError(f"{partial} holds {foreign[0]!r}, which is no part of the result; remove it")
     if len(records) > 1:
         write_atomically(partial / INDEX, _index(partial, identity, list(records)).encode())
     errors = {name: error for record in records.values() for name, error in record["errors"].items()}
@@ -69,11 +74,35 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
     write_atomically(partial / "README.md", model_card(about, identity["card"]).encode())
     hashes = {name: record["sha256"] for name, record in records.items()}
     for path in sorted(partial.iterdir()):
-        if path.is_file() and path.name not in (*hashes, HASHES) and not path.name.endswith(".tmp"):
+        if path.is_file() and path.name not in (*hashes, HASHES):
             hashes[path.name] = file_hash(path)
     lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
     write_atomically(partial / HASHES, "".join(lines).encode())
     _rename(partial, out)
+
+
+def check_place(out: Path) -> None:
+    """Refuse a result that would replace anything but a model: OSError or ValueError says what is there."""
+    if not out.name or out.name in (".", ".."):
+        raise ValueError(f"{out} names no folder that could be made")
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link; name the folder itself")
+    parent = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{out} cannot be made: {parent} is a file")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose another place")
+    entries = list(out.iterdir())
+    is_model = any(entry.name == CONFIG for entry in entries) and any(
+        entry.suffix == ".safetensors" for entry in entries
+    )
+    if entries and (not is_model or any(entry.is_dir() and entry.name != ".job" for entry in entries)):
+        raise FileExistsError(
+            f"{out} is more or less than a model (config.json and safetensors files, no folders), so it is "
+            "never replaced; choose another place"
+        )
 
 
 def read_identity(partial: Path) -> dict[str, Any]:
@@ -125,20 +154,21 @@ def _json(value: Any) -> str:
 
 
 def _rename(partial: Path, out: Path) -> None:
-    """`partial` becomes `out`. An `out` that is there steps aside first, and goes when the new one is in
-    place."""
-    aside = out.with_name(f"{out.name}.replaced")
-    if out.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        out.rename(aside)
-    try:
+    """`partial` becomes `out`; an `out` that is there goes, but never before the new one is in its place."""
+    old: Path | None = None
+    if out.exists() and exchange(partial, out):
+        old = partial
+    elif out.exists():
+        old = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+    else:
         partial.rename(out)
-    except OSError:
-        if aside.exists():
-            aside.rename(out)
-        raise
     sync_folder(out.parent)
     shutil.rmtree(out / ".job")
-    if aside.exists():
-        shutil.rmtree(aside)
+    if old is not None:
+        shutil.rmtree(old)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -179,8 +180,7 @@ def check_start(job: Job, *, join: bool) -> None:
 
     FileExistsError when there is something and `join` is not given; CheckpointError when it is another job's.
     """
-    if job.partial.is_symlink():
-        raise FileExistsError(f"{job.partial} is a link; remove it")
+    _check_is_job(job.partial)
     if job.partial.exists() and not join:
         raise FileExistsError(
             f"{job.partial} is what an interrupted run left; --resume goes on with it, --overwrite starts "
@@ -208,6 +208,26 @@ def start(job: Job, *, join: bool) -> None:
         copy_atomically(original, job.partial / name)
 
 
+def discard(partial: Path) -> None:
+    """Remove what an interrupted job left, if there is any. BlockingIOError while a process works on it."""
+    _check_is_job(partial)
+    for path in partial.glob(".job/*.lock"):
+        try:
+            FileLock(path, thread_local=False).acquire(timeout=0).lock.release()
+        except Timeout:
+            raise BlockingIOError(f"a process is still writing to {partial}; end it first") from None
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def _check_is_job(partial: Path) -> None:
+    """FileExistsError for anything in the place of a job's folder that no job has left there."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise FileExistsError(f"{partial} is in the way; remove it, or choose another place")
+    if partial.exists() and any(partial.iterdir()) and not (partial / ".job").is_dir():
+        raise FileExistsError(f"{partial} is in the way, and nothing that fewbits left; choose another place")
+
+
 def _check_same(found: Any, wanted: Any, partial: Path) -> None:
     keys = {*found, *wanted} if isinstance(found, dict) else set(wanted)
     other = found if isinstance(found, dict) else {}
@@ -215,7 +235,7 @@ def _check_same(found: Any, wanted: Any, partial: Path) -> None:
     if changed:
         raise CheckpointError(
             f"{partial} belongs to another job: {', '.join(changed)} differ. Give the same source and "
-            "arguments as before, or --overwrite to start afresh"
+            "arguments as before; or start afresh: remove it, or --overwrite without --resume and --worker"
         )
 
 

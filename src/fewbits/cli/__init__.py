@@ -15,7 +15,13 @@ import typer
 
 import fewbits
 from fewbits.cli.common import FailedCheckError
+from fewbits.cli.compare import compare
 from fewbits.cli.demo import demo
+from fewbits.cli.finalize import finalize
+from fewbits.cli.inspect import inspect
+from fewbits.cli.plan import plan
+from fewbits.cli.quantize import quantize
+from fewbits.cli.verify import verify
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,6 +30,7 @@ app = typer.Typer(
     name="fewbits",
     help="Language models in few bits.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -36,16 +43,22 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except FailedCheckError as error:
-            typer.echo(f"failed: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"failed: {_one_line(error)}", err=True)
             raise typer.Exit(1) from error
         except (ValueError, OSError) as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"error: {_one_line(error)}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from error
 
     return wrapped
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error, without what a terminal would take for more than text: names are foreign."""
+    words = " ".join(str(error).split())
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in words)
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,7 +78,7 @@ def _options(
 
 
 # In the order of use, which `fewbits --help` shows.
-COMMANDS = (demo,)
+COMMANDS = (demo, plan, quantize, finalize, inspect, verify, compare)
 for _command in COMMANDS:
     app.command()(plain_errors(_command))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,8 @@ from fewbits.machine import peak_resident_bytes, resident_bytes
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes.")]
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md")
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
@@ -72,31 +74,31 @@ def format_bytes(count: float) -> str:
 
 def parse_bytes(text: str) -> int:
     """Bytes that a size such as "5GB" (decimal), "24GiB" (binary) or "1000000" means."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in _UNITS or len(found[1]) > 20:
         raise typer.BadParameter(f"{text!r} is no size; write 5GB, 24GiB or a number of bytes")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
-def find_model(given: str) -> Path:
+def find_model(given: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder that `given` names: a path, or a model id of the hub in its local cache or fetched.
 
-    The hub's own settings are honoured: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN. Only safetensors and
-    text files are fetched. FileNotFoundError when there is no such thing.
+    The hub's own settings are honoured: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN. Only `files` are
+    fetched. FileNotFoundError when there is no such thing.
     """
-    path = Path(given).expanduser()
-    if path.is_dir():
+    path = Path(given)
+    if given and path.is_dir():
         return path
-    if path.exists():
+    if given and path.exists():
         raise NotADirectoryError(f"{given} is a file; name the folder of a model (with its config.json)")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+    is_id = re.fullmatch(r"[a-zA-Z0-9][\w.-]*/[\w.-]+", given, re.ASCII)
+    if not is_id or path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {given}; name the folder of a model, or a model id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md"]
     try:
-        return Path(snapshot_download(given, allow_patterns=wanted))
+        return Path(snapshot_download(given, allow_patterns=[*files]))
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"{given} is neither a folder here nor a model that the hub gives: {error}"

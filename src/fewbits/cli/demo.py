@@ -1,35 +1,26 @@
-"""`fewbits demo`: quantize the embedded model in several ways and show size, quality, speed and memory.
-
-Each variant is measured in a fresh process (`demo_worker`), one after the other, so that the figures of
-one cannot lean on what another left in memory. This process only waits and draws; it loads no model.
-"""
+"""`fewbits demo`: quantize the embedded model in several ways and show size, quality, speed and memory."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 from rich.table import Table
 
-import fewbits
-from fewbits.cli.common import AsJson, Quiet, messages, print_json, results
-from fewbits.machine import cpu_name
+from fewbits.cli.common import AsJson, Quiet, print_json, results
+from fewbits.cli.compare import Html
+from fewbits.cli.measure import measure
+from fewbits.cli.measured import Comparison, Plan, Subject, command_line, hardware, millinats, notes
+from fewbits.cli.page import check_page, write_page
 
 PROMPT = "Once upon a time"
-STAGES = ("starting", "loading", "generating", "comparing")
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+BATCH = 8  # sequences per forward pass
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 
@@ -58,34 +49,6 @@ VARIANTS = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker is told. scratch: folder shared by the workers of one run; tokens: per sample."""
-
-    variant: str
-    model: str
-    scratch: str
-    samples: int
-    tokens: int
-    seed: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; the same for every worker of a run."""
-
-    model: Path
-    samples: int
-    tokens: int
-    seed: int
-    threads: int
-
-
-class WorkerError(Exception):
-    """A worker ended without a result; the message is what it wrote last."""
-
-
 def demo(
     model: Annotated[
         Path | None,
@@ -96,21 +59,43 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the sequences.")] = 0,
     # More threads gain nothing on a model this small, and crawl where other work wants the same cores.
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; larger models gain from more.")] = 1,
+    html: Html = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize the embedded model to NF4, FP4 and LLM.int8(); show size, quality, speed and memory."""
-    settings = Settings(_find_model(model), samples, tokens, seed, threads)
-    try:
-        with _progress(quiet) as step:
-            rows = _measure_all(settings, step)
-    except WorkerError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+    """Quantize the embedded model to NF4, FP4 and LLM.int8(); show size, quality, speed and memory.
+
+    Example: fewbits demo --html demo.html
+    """
+    if html is not None:
+        check_page(html)
+    folder = _find_model(model)
+    plan = Plan(samples, tokens, seed, threads, BATCH, prompt=PROMPT)
+    with tempfile.TemporaryDirectory(prefix="fewbits-demo-") as scratch:
+        rows = measure(_subjects(folder, Path(scratch)), plan, Path(scratch), quiet=quiet)
+    comparison = Comparison(rows, plan, command_line())
     if as_json:
-        print_json(_as_json(settings, rows))
+        print_json(comparison.to_json())
     else:
-        _show(settings, rows)
+        _show(comparison)
+    if html is not None:
+        write_page(comparison, html, quiet=quiet)
+
+
+def _subjects(folder: Path, scratch: Path) -> list[Subject]:
+    """What each variant loads, and which of them are saved for a later one."""
+    reloaded = {variant.reload_of for variant in VARIANTS}
+    return [
+        Subject(
+            key=variant.key,
+            label=variant.label,
+            given="" if variant.reload_of else str(folder),
+            folder=str(scratch / variant.reload_of if variant.reload_of else folder),
+            settings=variant.settings,
+            save_to=str(scratch / variant.key) if variant.key in reloaded else None,
+        )
+        for variant in VARIANTS
+    ]
 
 
 def _find_model(given: Path | None) -> Path:
@@ -126,140 +111,40 @@ def _find_model(given: Path | None) -> Path:
     )
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Yields step(description), to be called once per stage of each variant."""
-    steps = len(VARIANTS) * len(STAGES)
-    columns = (TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn())
-    console = messages()
-    hidden = quiet or not console.is_terminal  # a log file gets no bars
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=steps)
-        done = iter(range(steps))
-        yield lambda text: bar.update(task, description=text, completed=next(done))
-
-
-def _measure_all(settings: Settings, step: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One row of figures per variant, in order: a reloaded variant needs what an earlier one saved."""
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="fewbits-demo-") as scratch:
-        for variant in VARIANTS:
-            job = Job(
-                variant=variant.key,
-                model=str(settings.model),
-                scratch=scratch,
-                samples=settings.samples,
-                tokens=settings.tokens,
-                seed=settings.seed,
-                threads=settings.threads,
-            )
-            figures = _run_worker(job, variant.label, step)
-            rows.append({"key": variant.key, "label": variant.label, **figures})
-    return rows
-
-
-def _run_worker(job: Job, label: str, step: Callable[[str], None]) -> dict[str, Any]:
-    """Run one worker to its end and return its figures.
-
-    A worker writes one JSON object per line: {"stage": …} for each later stage, then {"figures": …} or, for
-    something the user can mend, {"error": …}.
-    """
-    command = [sys.executable, "-m", "fewbits.cli.demo_worker", json.dumps(asdict(job))]
-    log = Path(job.scratch, f"{job.variant}.log")
-    environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(job.threads)}
-    message: dict[str, Any] = {}
-    step(f"{label}: {STAGES[0]}")
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as worker,
-    ):
-        try:
-            for line in worker.stdout or ():
-                message = json.loads(line)
-                if "stage" in message:
-                    step(f"{label}: {message['stage']}")
-        except BaseException:
-            worker.terminate()  # Ctrl-C must leave no worker behind
-            raise
-    if "error" in message:
-        raise ValueError(f"{label}: {message['error']}")
-    if "figures" not in message:
-        said = log.read_text(errors="replace").strip()
-        raise WorkerError(f"{said}\nerror: measuring {label} ended with code {worker.returncode}.")
-    figures: dict[str, Any] = message["figures"]
-    return figures
-
-
-def _as_json(settings: Settings, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    first = rows[0]
-    libraries = {name: version(name) for name in ("torch", "transformers")}
-    return {
-        "versions": {"fewbits": fewbits.__version__, **libraries},
-        "cpu": cpu_name(),
-        "threads": first["threads"],
-        "model": str(settings.model),
-        "parameters": first["parameters"],
-        "samples": settings.samples,
-        "tokens": settings.tokens,
-        "seed": settings.seed,
-        "prompt": PROMPT,
-        "notes": _notes(rows),
-        "rows": rows,
-    }
-
-
-def _show(settings: Settings, rows: list[dict[str, Any]]) -> None:
+def _show(comparison: Comparison) -> None:
     console = results()
-    first = rows[0]
+    figures = comparison.reference.figures
     console.print(
-        f"\n[bold]{settings.model}[/]: {first['parameters']:,} parameters, stored in {first['dtype']}; "
-        f"{cpu_name()}, {first['threads']} {'thread' if first['threads'] == 1 else 'threads'}\n"
+        f"\n[bold]{escape(comparison.reference.subject.given)}[/]: {figures.parameters:,} parameters, stored "
+        f"in {figures.dtype}; {hardware(comparison.plan)}\n"
     )
-    console.print(_table(rows))
-    for note in _notes(rows):
-        console.print(note, style="dim")
+    console.print(_table(comparison))
+    for note in notes(comparison):
+        console.print(note, style="dim", markup=False)
     console.print("\n[bold]What each makes of the prompt[/], greedily:\n")
-    for row in rows:
-        console.print(f"[bold]{row['label']}[/]")
-        console.print(f"  {row['text']}\n", markup=False)
+    for row in comparison.rows:
+        console.print(f"[bold]{escape(row.label)}[/]")
+        console.print(f"  {row.figures.text}\n", markup=False)
+    console.print(comparison.verdict, markup=False)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(comparison: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("", no_wrap=True)
     for head in ("weights\nMB", "bits per\nweight", "per-\nplexity", "KL divergence\nmillinats/token"):
         table.add_column(head, justify="right", no_wrap=True)
     for head in ("same\ntop", "tokens\nper s", "peak\nMB"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        quality = row["quality"]
+    for row in comparison.rows:
+        figures, quality = row.figures, row.figures.quality
         table.add_row(
-            row["label"],
-            f"{row['weight_bytes'] / 1e6:.2f}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{quality['perplexity']:.3f}",
-            f"{1e3 * quality['kl_mean']:.2f} ± {1e3 * quality['kl_interval95']:.2f}",
-            f"{100 * quality['same_top_share']:.1f} %",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['peak_bytes'] / 1e6:.1f}",
+            row.label,
+            f"{figures.weight_bytes / 1e6:.2f}",
+            f"{figures.bits_per_weight:.2f}",
+            f"{quality.perplexity:.3f}",
+            millinats(quality),
+            f"{100 * quality.same_top_share:.1f} %",
+            f"{figures.tokens_per_second:.0f}",
+            f"{figures.peak_bytes / 1e6:.1f}",
         )
     return table
-
-
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    """What the columns mean, exactly."""
-    first = rows[0]
-    bound = "" if all(row["peak_is_exact"] for row in rows) else " (upper bound: this system cannot reset it)"
-    scored = first["quality"]["tokens"]
-    return [
-        f"weights: all parameters and buffers, also those kept in {first['dtype']}; bits per weight: the "
-        "same over the number of original parameters.",
-        f"perplexity, KL divergence from full precision (mean ± 95 %), same top token: on {scored:,} tokens "
-        "that the full-precision model sampled itself.",
-        f"tokens per s: greedy, one sequence, {first['decoded_tokens']} tokens, median of "
-        f"{first['decode_repeats']} runs.",
-        "peak: largest resident set while loading and generating, above the same process after a first load "
-        f"and a few tokens, which bring in the libraries{bound}. Each row has its own process.",
-    ]

@@ -43,7 +43,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
         )
     try:
         with _offline():
-            settings = CONFIG_MAPPING[model_type].from_dict(cleaned)
+            settings = CONFIG_MAPPING[model_type].from_dict(_with_floats(cleaned))
             with torch.device("meta"):
                 model: PreTrainedModel = _model_class(config, settings)._from_config(
                     settings, dtype=stored_dtype(config) or dtype, attn_implementation="eager"
@@ -65,6 +65,19 @@ def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if not _DROPPED.fullmatch(key)
     }
+
+
+def _with_floats(value: Any) -> Any:
+    """`value` with infinities in place of {"__float__": "Infinity"}, as transformers spells them in JSON."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and str(value["__float__"]).lower() in (
+            "infinity",
+            "-infinity",
+            "nan",
+        ):
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype | None:

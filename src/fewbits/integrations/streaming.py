@@ -46,13 +46,14 @@ class Plan:
     """What becomes of a checkpoint.
 
     units: in the order of the new files; config: the new config.json; report: every weight of the result;
-    largest: elements of the largest tensor of the model.
+    largest: elements of the largest tensor of the model; modules: names of all its modules.
     """
 
     units: tuple[Unit, ...]
     config: dict[str, Any]
     report: Report
     largest: int
+    modules: tuple[str, ...]
 
 
 def plan(
@@ -85,7 +86,8 @@ def plan(
     }
     new.pop("torch_dtype", None)
     largest = max((group.elements for group in groups), default=0)
-    return Plan(units, new, _report(model), largest)
+    modules = tuple(name for name, _ in model.named_modules())
+    return Plan(units, new, _report(model), largest, modules)
 
 
 @dataclass(frozen=True)
@@ -246,22 +248,24 @@ def _units(folder: Folder, model: Any, quantizer: FewbitsQuantizer, groups: list
         work = _Work(model, quantizer, group, renamed)
         empty = work.outputs(_empty_sources(folder, group))
         outputs = {name: (_SPELLINGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in empty.items()}
-        cost = _cost(folder, group) + sum(tensor.nbytes for tensor in empty.values())
+        cost = _cost(folder, group)
+        if work.quantizes(group.first):  # the result, and that decoded again for its error
+            cost += sum(tensor.nbytes for tensor in empty.values()) + _cast_bytes(folder, group)
         opened = frozenset(name for name in outputs if schema.has_open_length(name))
         yield Unit(tuple(group.targets), outputs, work.make, cost, opened)
 
 
 def _cost(folder: Folder, group: _Group) -> int:
-    """Bytes in memory besides the result: what is read, its cast, what was merged of it, what is decoded
-    again."""
-    read = cast = target = 0
-    for source, (_, _, dtype) in group.targets.items():
-        info = folder.info(source)
-        read += info.nbytes
-        target += info.count * dtype.itemsize
-        cast += 0 if TORCH_DTYPES[info.dtype] == dtype else info.count * dtype.itemsize
-    merged = target if isinstance(group.transform, WeightConverter) else 0
-    return read + cast + merged + target + _WORKING
+    """Bytes of memory that a group takes until it is a tensor of the model: what is read, cast and merged."""
+    infos = [(folder.info(source), dtype) for source, (_, _, dtype) in group.targets.items()]
+    cast = sum(info.count * dtype.itemsize for info, dtype in infos if TORCH_DTYPES[info.dtype] != dtype)
+    merged = 2 * _cast_bytes(folder, group) if isinstance(group.transform, WeightConverter) else 0
+    return sum(info.nbytes for info, _ in infos) + cast + merged + _WORKING
+
+
+def _cast_bytes(folder: Folder, group: _Group) -> int:
+    """Bytes of what a group gives in the model's dtype."""
+    return sum(folder.info(source).count * dtype.itemsize for source, (_, _, dtype) in group.targets.items())
 
 
 _WORKING = 2**25  # bytes of temporaries, whatever the size of a tensor
@@ -282,6 +286,12 @@ class _Work:
             made = self.outputs(tensors, errors)
         return Made(made, errors)
 
+    def quantizes(self, target: str) -> bool:
+        """Whether a tensor of the model is to be quantized."""
+        path, _, weight = self.renamed.get(target, target).rpartition(".")
+        layer = self.model.get_submodule(path)
+        return isinstance(layer, QuantModule) and weight in layer.weights()
+
     def outputs(
         self, tensors: Mapping[str, Tensor], errors: dict[str, float] | None = None
     ) -> dict[str, Tensor]:
@@ -292,7 +302,7 @@ class _Work:
             name = self.renamed.get(target, target)
             path, _, weight = name.rpartition(".")
             layer = self.model.get_submodule(path)
-            if not isinstance(layer, QuantModule) or weight not in layer.weights():
+            if not self.quantizes(target):
                 result[name] = value
                 continue
             if value.is_meta:
@@ -328,6 +338,7 @@ def _first_dtype(folder: Folder) -> torch.dtype:
 
 def _report(model: Any) -> Report:
     """The report of the result, where layers do not wait for weights any more."""
+    model = copy.deepcopy(model)  # the conversions of transformers ask for what waits
     for _, layer in model.named_modules():
         if isinstance(layer, QuantModule):
             for weight in layer.weights():

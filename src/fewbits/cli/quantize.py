@@ -1,0 +1,388 @@
+"""`fewbits quantize`: a checkpoint becomes a quantized one, file to file, in little memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+
+from fewbits import ops
+from fewbits.checkpoint.finish import check_place, finish
+from fewbits.checkpoint.folder import check_values
+from fewbits.checkpoint.job import Job, Shard, check_start, discard, partial_folder, read_record, run, start
+from fewbits.cli.common import (
+    AsJson,
+    Quiet,
+    byte_progress,
+    format_bytes,
+    messages,
+    parse_bytes,
+    print_json,
+    results,
+)
+from fewbits.cli.jobs import Planned, Request, part_of, plan_job
+from fewbits.machine import peak_resident_bytes, usable_cores
+from fewbits.report import Entry, Report
+
+_MARGIN = 2**27  # bytes of memory for the temporaries of units at work, besides what grows with tensors
+_COPY_SAMPLE = 2**28  # bytes that are copied to see what the disks give
+_DISK_MARGIN = 2**24  # bytes for the files beside the weights
+_SAMPLE = (1024, 1024)  # weights that are quantized to estimate the time
+
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Folder of a model, or a model id.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATTERN=FORMAT", help="Another format for some modules, or skip."),
+]
+Worker = Annotated[
+    str | None, typer.Option(metavar="i/N", help="Do the i-th of N parts; then `fewbits finalize OUT`.")
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the two passes over `nbytes` of source, and the rate of a plain copy in bytes/s."""
+
+    nbytes: int
+    check_seconds: float
+    seconds: float
+    copy_rate: float
+
+
+def quantize(
+    source: Source,
+    out: Out,
+    format: Annotated[
+        str | None, typer.Option(help="Format of all linear layers, such as nf4:g64:dq (the default).")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="LLM.int8() instead.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of a BitsAndBytesConfig or FewbitsConfig instead.")
+    ] = None,
+    sets: Sets = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
+    ] = False,
+    worker: Worker = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and what an interrupted run left.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Tensors at work at once.", show_default="all cores")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="What the model card calls the original.", show_default="SRC")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a safetensors checkpoint, file to file, in little memory.
+
+    Tensors stream from the source's files to OUT's; the model is never built. OUT appears when all of it is
+    written, with tokenizer, model card and hashes, and loads with from_pretrained.
+
+    Example: fewbits quantize demo/model demo-nf4 --format nf4:g64:dq
+    """
+    if not dry_run:
+        check_place(out)
+        if out.exists() and not overwrite:
+            raise FileExistsError(f"{out} exists; --overwrite replaces it")
+    shard_bytes = parse_bytes(max_shard_size)
+    planned = plan_job(Request(source, out, format, int8, config, tuple(sets or ()), shard_bytes, base_model))
+    part = part_of(planned.job.shards, worker)
+    threads = threads or usable_cores()
+    if dry_run:
+        _show_plan(planned, part, threads, as_json)
+        return
+    if overwrite and not resume and worker is None:
+        discard(partial_folder(out))
+    is_worker = worker is not None
+    with _explained(planned.job, keep=is_worker or planned.job.partial.exists()):
+        timing = _work(planned, part, threads, join=resume or is_worker, quiet=quiet)
+    if not is_worker:
+        with _explained(planned.job, keep=True, finishing=True):
+            finish(out, overwrite=overwrite)
+    if not quiet:
+        _note(planned, timing, worker)
+    _show_result(planned, part, timing, worker, threads, as_json)
+
+
+def memory_limit(planned: Planned, threads: int) -> int:
+    """Bytes that tensors at work may take together: enough for each thread, and at most three times the
+    largest tensor in float32 and a margin."""
+    costs = [unit.cost for shard in planned.job.shards for unit in shard.units]
+    return min(threads * max(costs, default=0), 3 * 4 * planned.largest + _MARGIN)
+
+
+def _work(planned: Planned, part: Sequence[Shard], threads: int, *, join: bool, quiet: bool) -> Timing:
+    """Check the values of what is to be done, then do it."""
+    job = planned.job
+    check_start(job, join=join)
+    left = [shard for shard in part if read_record(job.partial, shard.name) is None]
+    _check_disk(job, left)
+    names = [name for shard in left for unit in shard.units for name in unit.sources]
+    nbytes = sum(job.source.info(name).nbytes for name in names)
+    total = sum(
+        job.source.info(name).nbytes for shard in part for unit in shard.units for name in unit.sources
+    )
+    with byte_progress(quiet) as progress:
+        begin = time.perf_counter()
+        _check_values(job, names, threads, progress, nbytes)
+        checked = time.perf_counter()
+        start(job, join=join)
+        copy_rate = _copy_rate(job)
+        task = progress.add_task("quantizing", total=total)
+        begin_work = time.perf_counter()
+        run(
+            job,
+            part,
+            threads=threads,
+            memory=memory_limit(planned, threads),
+            advance=lambda count: progress.update(task, advance=count),
+        )
+        return Timing(nbytes, checked - begin, time.perf_counter() - begin_work, copy_rate)
+
+
+def _check_values(job: Job, names: Sequence[str], threads: int, progress: Progress, nbytes: int) -> None:
+    """Refuse NaN and infinity before anything is written."""
+    task = progress.add_task("checking", total=nbytes)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def check(name: str) -> None:
+            check_values(job.source, [name], lambda count: progress.update(task, advance=count))
+
+        try:
+            for _ in pool.map(check, names):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_disk(job: Job, left: Sequence[Shard]) -> None:
+    folder = next(
+        place for place in (job.out.parent.resolve(), *job.out.parent.resolve().parents) if place.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    need = sum(shard.size for shard in left) + sum(path.stat().st_size for path in job.copies.values())
+    if free < need + _DISK_MARGIN:
+        raise ValueError(
+            f"{job.out} needs {format_bytes(need + _DISK_MARGIN)} and {folder} has {format_bytes(free)} "
+            "free; make room, or choose another place",
+        )
+
+
+def _copy_rate(job: Job) -> float:
+    """Bytes/s of copying the source's files, or their beginning, to where the result goes."""
+    target = job.partial / ".job" / f"copy.{os.getpid()}.tmp"
+    copied, begin = 0, time.perf_counter()
+    try:
+        with target.open("xb") as output:
+            for header in job.source.headers.values():
+                with header.path.open("rb") as file:
+                    while copied < _COPY_SAMPLE and (block := file.read(2**22)):
+                        copied += output.write(block)
+            output.flush()
+            os.fsync(output.fileno())
+    except OSError:
+        return 0.0  # no room for a copy is no reason to stop
+    finally:
+        target.unlink(missing_ok=True)
+    return copied / (time.perf_counter() - begin)
+
+
+@contextmanager
+def _explained(job: Job, *, keep: bool, finishing: bool = False) -> Iterator[None]:
+    """Say what is left when work ends early, and remove it where it is of no use."""
+    try:
+        yield
+    except BaseException as error:
+        done = sum(read_record(job.partial, shard.name) is not None for shard in job.shards)
+        if not done and not keep:
+            shutil.rmtree(job.partial, ignore_errors=True)
+        hint = "nothing was written"
+        if done:
+            hint = (
+                f"{done} of {len(job.shards)} shards are finished and kept in {job.partial}; the same "
+                "command with --resume goes on"
+            )
+        elif finishing and not (job.partial / ".job").exists():
+            hint = f"{job.out} is complete; what it replaced may be left beside it"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}. Make room; {hint}") from error
+        if isinstance(error, KeyboardInterrupt):
+            messages().print(hint, markup=False)
+        raise
+
+
+# --- what is shown ----------------------------------------------------------------------------------
+
+
+def _note(planned: Planned, timing: Timing, worker: str | None) -> None:
+    console = messages()
+    if planned.left:
+        console.print(f"left behind: {', '.join(planned.left)}", style="dim", markup=False)
+    rate = f"{timing.nbytes / max(timing.seconds, 1e-9) / 1e9:.3f} GB/s"
+    copy = (
+        f"a plain copy runs at {timing.copy_rate / 1e9:.3f} GB/s"
+        if timing.copy_rate
+        else "no room to time a copy"
+    )
+    console.print(
+        f"checked {format_bytes(timing.nbytes)} in {timing.check_seconds:.1f} s, quantized it in "
+        f"{timing.seconds:.1f} s: {rate}; {copy}; memory peak {format_bytes(peak_resident_bytes())}",
+        style="dim",
+        markup=False,
+    )
+    if worker is not None:
+        console.print(
+            f"worker {worker} is done; when all are: fewbits finalize {planned.job.out}", markup=False
+        )
+
+
+def _show_result(
+    planned: Planned,
+    part: Sequence[Shard],
+    timing: Timing,
+    worker: str | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    job, report = planned.job, planned.report
+    if as_json:
+        print_json(
+            {
+                "out": str(job.out),
+                "worker": worker,
+                "files": [shard.name for shard in part],
+                "bytes": report.nbytes,
+                "source_bytes": planned.original_bytes,
+                "bits_per_weight": report.bits_per_weight,
+                "read_bytes": timing.nbytes,
+                "check_seconds": timing.check_seconds,
+                "quantize_seconds": timing.seconds,
+                "bytes_per_second": timing.nbytes / max(timing.seconds, 1e-9),
+                "copy_bytes_per_second": timing.copy_rate,
+                "peak_memory_bytes": peak_resident_bytes(),
+                "memory_limit_bytes": memory_limit(planned, threads),
+            }
+        )
+    elif worker is None:
+        results().print(
+            f"{job.out}: {format_bytes(planned.original_bytes)} became {format_bytes(report.nbytes)} in "
+            f"{len(job.shards)} {'file' if len(job.shards) == 1 else 'files'}, {report.bits_per_weight:.2f} "
+            "bits per weight",
+            markup=False,
+        )
+    else:
+        results().print(f"worker {worker}: {len(part)} of {len(job.shards)} files", markup=False)
+
+
+def _show_plan(planned: Planned, part: Sequence[Shard], threads: int, as_json: bool) -> None:
+    job, report = planned.job, planned.report
+    disk, memory = job.size, memory_limit(planned, threads)
+    estimate = _estimate(planned, part, threads)
+    if as_json:
+        print_json(
+            {
+                "out": str(job.out),
+                "files": [[shard.name, shard.size] for shard in job.shards],
+                "bytes": report.nbytes,
+                "source_bytes": planned.original_bytes,
+                "bits_per_weight": report.bits_per_weight,
+                "disk_bytes": disk,
+                "memory_bytes": memory,
+                "estimated_seconds": estimate,
+                "left_behind": list(planned.left),
+                "weights": report.to_json()["weights"],
+            }
+        )
+        return
+    console = results()
+    console.print(f"{job.source.path} → {job.out}", markup=False)
+    console.print(_kinds(report))
+    for line in _kept(report):
+        console.print(line, markup=False)
+    console.print(
+        f"size    {format_bytes(planned.original_bytes)} → {format_bytes(report.nbytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight\n"
+        f"disk    {format_bytes(disk)} in {len(job.shards)} {'file' if len(job.shards) == 1 else 'files'}\n"
+        f"memory  at most {format_bytes(memory)} above the interpreter\n"
+        f"time    about {_duration(estimate)} with {threads} {'thread' if threads == 1 else 'threads'}, from "
+        "a small sample",
+        markup=False,
+    )
+    if planned.left:
+        console.print(f"stays behind: {', '.join(planned.left)}", markup=False)
+    console.print("nothing was written (--dry-run)", style="dim")
+
+
+def _kept(report: Report) -> list[str]:
+    """A line for each kept weight of two or more dimensions, largest first; those of all layers in one."""
+    alike: dict[tuple[str, str], list[Entry]] = {}
+    for entry in report.kept:
+        if len(entry.shape) > 1:
+            alike.setdefault((re.sub(r"\d+", "*", entry.name), entry.reason), []).append(entry)
+    lines = {}
+    for (pattern, reason), entries in alike.items():
+        size, one = sum(entry.nbytes for entry in entries), entries[0]
+        which = one.name if len(entries) == 1 else f"{len(entries)} x {pattern}"
+        lines[f"kept: {which} {list(one.shape)} in {one.stored}, {format_bytes(size)}: {reason}"] = size
+    return sorted(lines, key=lambda line: -lines[line])
+
+
+def _kinds(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stored as")
+    for head in ("weights", "parameters", "size", "bits per weight"):
+        table.add_column(head, justify="right")
+    for stored in sorted({entry.stored for entry in report.entries}):
+        these = [entry for entry in report.entries if entry.stored == stored]
+        count, nbytes = sum(entry.count for entry in these), sum(entry.nbytes for entry in these)
+        bits = f"{8 * nbytes / count:.3f}" if count else "–"
+        table.add_row(stored, str(len(these)), f"{count:,}", format_bytes(nbytes), bits)
+    return table
+
+
+def _estimate(planned: Planned, part: Sequence[Shard], threads: int) -> float:
+    """Seconds, from the rate at which a small sample is quantized to the most frequent format here."""
+    formats = [entry.stored for entry in planned.report.quantized]
+    names = [name for shard in part for unit in shard.units for name in unit.sources]
+    nbytes = sum(planned.job.source.info(name).nbytes for name in names)
+    if not formats:
+        return nbytes / 1e9
+    spelling = max(set(formats), key=formats.count).partition("@")[0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sample = torch.randn(_SAMPLE, dtype=torch.bfloat16)
+    rates = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        ops.quantize(sample, spelling).dequantize()
+        rates.append(sample.nbytes / (time.perf_counter() - begin))
+    torch.set_num_threads(before)
+    return nbytes / (max(rates) * threads)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,598 @@
+"""`fewbits quantize` and `fewbits finalize`, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import fewbits as library
+from fewbits.checkpoint.folder import open_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Fewbits = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _takeover() -> Iterator[None]:
+    library.enable(takeover=True)
+    yield
+    library.enable()
+
+
+@pytest.fixture
+def source(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo model in four files."""
+    folder = tmp_path / "source"
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model)
+    model.save_pretrained(folder, max_shard_size="2MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, folder / name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error of a command that failed as it should."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith(("error: ", "failed: ")))
+    return line
+
+
+class TestGoodUse:
+    def test_the_default_is_what_bitsandbytes_reads(
+        self, fewbits: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        done = fewbits("quantize", demo_model, "small", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "small: 6.56 MB became 2.47 MB in 1 file, 6.03 bits per weight" in done.stdout
+        assert "GB/s; a plain copy runs at" in done.stderr
+        assert "left behind: train.py" in done.stderr
+        assert sorted(contents(tmp_path / "small")) == [
+            "README.md",
+            "SHA256SUMS",
+            "config.json",
+            "fewbits.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == "bitsandbytes"
+        assert config["bnb_4bit_compute_dtype"] == "bfloat16"
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+        options = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        expected = transformers.AutoModelForCausalLM.from_pretrained(demo_model, quantization_config=options)
+        tokens = torch.arange(1, 30).view(1, -1)
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small")("Once")["input_ids"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "stored"),
+        [
+            (["--int8"], {"int8:row@int8:t6", "bfloat16"}),
+            (["--format", "fp4"], {"fp4:g64", "bfloat16"}),
+            (["--format", "int4:g128:f16:zero"], {"int4:g128:f16:zero", "bfloat16"}),
+            (["--set", "lm_head=int8", "--set", "k_proj=skip"], {"nf4:g64:dq", "int8:row", "bfloat16"}),
+        ],
+    )
+    def test_formats(
+        self, arguments: list[str], stored: set[str], inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        done = inside("quantize", demo_model, tmp_path / "out", *arguments, "--quiet", "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        result = json.loads(done.stdout)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        report = library.report(model)
+        assert {entry.stored for entry in report.entries} == stored
+        assert result["bytes"] == report.nbytes
+        assert result["source_bytes"] == 6_558_208
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_config_file(self, whole: bool, inside: Fewbits, demo_model: Path, tmp_path: Path) -> None:
+        options: dict[str, Any] = library.FewbitsConfig("int8:g32", modules={"o_proj": "skip"}).to_dict()
+        given = {"model_type": "llama", "quantization_config": options} if whole else options
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        done = inside("quantize", demo_model, tmp_path / "out", "--config", tmp_path / "config.json")
+        assert done.returncode == 0, done.stderr
+        assert open_folder(tmp_path / "out").quantization == options
+
+    def test_the_card_and_the_side_file_say_what_was_done(
+        self, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        done = inside("quantize", demo_model, tmp_path / "out", "--base-model", "org/tales")
+        assert done.returncode == 0, done.stderr
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.startswith("---\nbase_model: org/tales\nbase_model_relation: quantized\n")
+        assert f"fewbits quantize {demo_model} out --max-shard-size 5000000000 --base-model org/tales" in card
+        about = json.loads((tmp_path / "out" / "fewbits.json").read_text())
+        errors = {entry["name"]: entry["relative_error"] for entry in about["weights"] if entry["quantized"]}
+        assert len(errors) == 28
+        plain = load_file(demo_model / "model.safetensors")
+        name = "model.layers.2.mlp.up_proj.weight"
+        decoded = library.quantize(plain[name], "nf4:g64:dq").dequantize().float()
+        truth = float((plain[name].float() - decoded).norm() / plain[name].float().norm())
+        assert errors[name] == pytest.approx(truth, rel=1e-4)
+        kept = {entry["name"]: entry["reason"] for entry in about["weights"] if not entry["quantized"]}
+        assert kept["model.embed_tokens.weight"].startswith("tied to")
+        assert kept["model.norm.weight"] == "1-dimensional"
+
+    def test_dry_run_writes_nothing(self, inside: Fewbits, source: Path, tmp_path: Path) -> None:
+        before = sorted(tmp_path.iterdir())
+        done = inside("quantize", source, "out", "--dry-run", "--max-shard-size", "1MB", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sorted(tmp_path.iterdir()) == before
+        for part in (
+            "nf4:g64:dq",
+            "bfloat16",
+            "6.56 MB → 2.47 MB",
+            "in 3 files",
+            "memory  at most",
+            "time    about",
+        ):
+            assert part in done.stdout
+        plan = json.loads(inside("quantize", source, "out", "--dry-run", "--json", cwd=tmp_path).stdout)
+        assert plan["estimated_seconds"] > 0
+        assert len(plan["weights"]) == 38
+
+    def test_the_hub_cache_is_a_source(self, fewbits: Fewbits, demo_model: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "hub" / "models--org--tales"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        for folder in (snapshot, repository / "blobs", repository / "refs"):
+            folder.mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo_model / name, repository / "blobs" / name)
+            (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
+        before = contents(repository / "blobs")
+        environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        done = fewbits("quantize", "org/tales", "out", "--int8", cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert contents(repository / "blobs") == before
+        assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+        assert "base_model: org/tales" in (tmp_path / "out" / "README.md").read_text()
+
+
+class TestReproducible:
+    def test_workers_as_processes_give_the_bytes_of_one(
+        self, fewbits: Fewbits, inside: Fewbits, source: Path, tmp_path: Path
+    ) -> None:
+        options = ["--max-shard-size", "500kB", "--quiet"]
+        for name in ("one", "three"):
+            (tmp_path / name).mkdir()
+        done = inside("quantize", source, "out", *options, "--threads", "1", cwd=tmp_path / "one")
+        assert done.returncode == 0, done.stderr
+        paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-m", "fewbits", "quantize", str(source), "out", *options, "--worker"]
+        workers = [
+            subprocess.Popen([*command, f"{number}/3"], cwd=tmp_path / "three", env=environment)
+            for number in (1, 2, 3)
+        ]
+        assert [worker.wait(200) for worker in workers] == [0, 0, 0]
+        assert not (tmp_path / "three" / "out").exists()
+        done = fewbits("finalize", "out", "--json", cwd=tmp_path / "three")
+        assert done.returncode == 0, done.stderr
+        assert "README.md" in json.loads(done.stdout)["files"]
+        assert contents(tmp_path / "three" / "out") == contents(tmp_path / "one" / "out")
+        assert len(list((tmp_path / "one" / "out").glob("*.safetensors"))) > 3
+
+    def test_finalize_before_all_workers_are_done(
+        self, inside: Fewbits, source: Path, tmp_path: Path
+    ) -> None:
+        options = ["--max-shard-size", "500kB"]
+        assert inside("quantize", source, "out", *options, "--worker", "2/2", cwd=tmp_path).returncode == 0
+        line = one_line(inside("finalize", "out", cwd=tmp_path))
+        assert "shards are not finished: model-00001-of-" in line
+        line = one_line(inside("finalize", "nowhere", cwd=tmp_path))
+        assert "run `fewbits quantize` first" in line
+
+
+def poisoned(source: Path, value: float) -> None:
+    file = next(
+        file
+        for file in sorted(source.glob("*.safetensors"))
+        if "model.layers.2.mlp.up_proj.weight" in load_file(file)
+    )
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--format", "nf5"], "unknown format 'nf5'"),
+            (["--format", "nf4", "--int8"], "exclude each other"),
+            (["--set", "lm_head"], "is not PATTERN=FORMAT"),
+            (["--set", "lm_head=nf5"], "unknown format 'nf5'"),
+            (["--set", "a=skip", "--set", "a=nf4"], "a pattern twice"),
+            (["--set", "(=nf4"], "no regular expression"),
+            (["--config", "nowhere.json"], "nowhere.json"),
+            (["--worker", "3/2"], "is not i/N"),
+            (["--worker", "0/2"], "is not i/N"),
+            (["--max-shard-size", "0"], "at least one byte"),
+            (["--set", "k_porj=int8"], "matches no module of LlamaForCausalLM; did you mean"),
+            (["--set", ".*=skip"], "nothing would be quantized"),
+        ],
+    )
+    def test_wrong_arguments(
+        self, arguments: list[str], message: str, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        assert message in one_line(inside("quantize", demo_model, "out", *arguments, cwd=tmp_path))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_wrong_arguments_in_a_process_of_its_own(
+        self, fewbits: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        line = one_line(fewbits("quantize", demo_model, "out", "--format", "nf5", cwd=tmp_path))
+        assert line.startswith("error: unknown format 'nf5' in 'nf5': did you mean 'nf4'?")
+        done = fewbits("quantize", demo_model, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Missing argument 'OUT'" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not JSON"),
+            ("[]", "no JSON object"),
+            ('{"quant_method": "gptq"}', "quant_method 'gptq'"),
+            ('{"load_in_4bit": true, "load_in_5bit": true}', "load_in_5bit"),
+            ('{"load_in_4bit": false}', "Set one of the two"),
+        ],
+    )
+    def test_a_config_that_is_none(
+        self, content: str, message: str, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "c.json").write_text(content)
+        line = one_line(inside("quantize", demo_model, "out", "--config", "c.json", cwd=tmp_path))
+        assert message in line
+
+    def test_a_size_that_is_none(self, inside: Fewbits, demo_model: Path, tmp_path: Path) -> None:
+        done = inside("quantize", demo_model, "out", "--max-shard-size", "5 apples", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "5 apples" in done.stderr
+
+    def test_places_that_would_touch_the_source(self, inside: Fewbits, source: Path, tmp_path: Path) -> None:
+        before = contents(source)
+        (tmp_path / "link").symlink_to(source)
+        for out, message in (
+            (source, "exists"),
+            (source / "inside", "lies in the source"),
+            (tmp_path / "link" / "inside", "lies in the source"),
+            (tmp_path / "link", "is a link"),
+        ):
+            assert message in one_line(inside("quantize", source, out, cwd=tmp_path))
+        for out, message in (
+            (source, "lies in the source"),
+            (tmp_path / "link", "is a link"),
+            (tmp_path, "more or less than a model"),
+            (source / "config.json" / "out", "is a file"),
+            (Path("/"), "names no folder"),
+        ):
+            assert message in one_line(inside("quantize", source, out, "--overwrite", cwd=tmp_path))
+        assert contents(source) == before
+
+    @pytest.mark.parametrize("option", ["--overwrite", "--resume", "--worker=1/1"])
+    @pytest.mark.parametrize("inner", [".", "deeper"])
+    def test_a_source_in_the_place_of_the_work(
+        self, option: str, inner: str, inside: Fewbits, source: Path, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "out.partial" / inner
+        shutil.copytree(source, place)
+        before = contents(place)
+        line = one_line(inside("quantize", place, "out", option, cwd=tmp_path))
+        assert "choose another place" in line
+        assert contents(place) == before
+
+    @pytest.mark.parametrize("option", ["--overwrite", "--resume", "--worker=1/1"])
+    def test_a_folder_in_the_way_is_left_alone(
+        self, option: str, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        for name in ("out.partial", "out.replaced"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "precious").write_text("x")
+        line = one_line(inside("quantize", demo_model, "out", option, cwd=tmp_path))
+        assert "nothing that fewbits left" in line
+        assert (tmp_path / "out.partial" / "precious").read_text() == "x"
+        shutil.rmtree(tmp_path / "out.partial")
+        assert inside("quantize", demo_model, "out", cwd=tmp_path).returncode == 0
+        assert inside("quantize", demo_model, "out", "--overwrite", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "out.replaced" / "precious").read_text() == "x"
+
+    def test_a_project_is_not_taken_for_a_model(
+        self, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        project = tmp_path / "project"
+        (project / "src").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "src/thesis.tex"):
+            (project / name).write_text("{}")
+        line = one_line(inside("quantize", demo_model, "project", "--overwrite", cwd=tmp_path))
+        assert "never replaced" in line
+        assert (project / "src" / "thesis.tex").exists()
+
+    def test_an_existing_result_is_replaced_only_on_request(
+        self, inside: Fewbits, demo_model: Path, tmp_path: Path
+    ) -> None:
+        assert inside("quantize", demo_model, "out", cwd=tmp_path).returncode == 0
+        before = contents(tmp_path / "out")
+        line = one_line(inside("quantize", demo_model, "out", "--int8", cwd=tmp_path))
+        assert "--overwrite replaces it" in line
+        assert contents(tmp_path / "out") == before
+        assert inside("quantize", demo_model, "out", "--int8", "--overwrite", cwd=tmp_path).returncode == 0
+        assert (open_folder(tmp_path / "out").quantization or {})["load_in_8bit"] is True
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_nan_and_infinity_are_found_before_anything_is_written(
+        self, value: float, inside: Fewbits, source: Path, tmp_path: Path
+    ) -> None:
+        poisoned(source, value)
+        line = one_line(inside("quantize", source, "out", "--max-shard-size", "500kB", cwd=tmp_path))
+        assert "tensor model.layers.2.mlp.up_proj.weight: 1 of 163840 values are NaN or infinite" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_a_truncated_file(self, fewbits: Fewbits, source: Path, tmp_path: Path) -> None:
+        file = sorted(source.glob("*.safetensors"))[1]
+        os.truncate(file, file.stat().st_size - 1)
+        line = one_line(fewbits("quantize", source, "out", cwd=tmp_path))
+        assert f"{file.name} is cut off: 1 of" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_a_quantized_checkpoint(self, inside: Fewbits, demo_model: Path, tmp_path: Path) -> None:
+        assert inside("quantize", demo_model, "out", cwd=tmp_path).returncode == 0
+        assert "quantized already (bitsandbytes)" in one_line(
+            inside("quantize", "out", "again", cwd=tmp_path)
+        )
+
+    def test_pickled_weights(self, inside: Fewbits, demo_model: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "pickled"
+        folder.mkdir()
+        shutil.copy(demo_model / "config.json", folder)
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        line = one_line(inside("quantize", folder, "out", cwd=tmp_path))
+        assert "pytorch_model.bin" in line
+        assert "can run code" in line
+
+    def test_no_such_source(self, fewbits: Fewbits, inside: Fewbits, tmp_path: Path) -> None:
+        assert "there is no folder nowhere" in one_line(inside("quantize", "nowhere", "out", cwd=tmp_path))
+        environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        line = one_line(fewbits("quantize", "org/nowhere", "out", cwd=tmp_path, env=environment))
+        assert "org/nowhere is neither a folder here nor a model that the hub gives" in line
+
+
+_PAUSED = """
+import sys
+from fewbits.cli import main
+from fewbits.integrations import streaming
+import time
+
+make = streaming._Work.make
+
+def slow(self, tensors):
+    time.sleep(0.05)
+    return make(self, tensors)
+
+streaming._Work.make = slow
+sys.argv = ["fewbits", *sys.argv[1:]]
+main()
+"""
+
+
+def slow_quantize(source: Path, cwd: Path, *options: str) -> subprocess.Popen[str]:
+    """The command with a pause before every tensor, so that it can be stopped in the middle."""
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            _PAUSED,
+            "quantize",
+            str(source),
+            "out",
+            "--max-shard-size",
+            "300kB",
+            *options,
+        ],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "300"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and len(list(out.glob(".job/*safetensors.json"))) < count:
+        time.sleep(0.005)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_it_goes_on(self, sent: signal.Signals, inside: Fewbits, source: Path, tmp_path: Path) -> None:
+        for name in ("stopped", "straight"):
+            (tmp_path / name).mkdir()
+        options = ["--max-shard-size", "300kB", "--quiet"]
+        assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
+        process = slow_quantize(source, tmp_path / "stopped")
+        wait_for_shards(tmp_path / "stopped" / "out.partial", 2, process)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), err
+        assert not (tmp_path / "stopped" / "out").exists()
+        if sent != signal.SIGKILL:
+            assert "--resume goes on" in err
+            assert "Traceback" not in err
+        assert "--resume goes on" in one_line(inside("quantize", source, "out", cwd=tmp_path / "stopped"))
+        line = one_line(inside("quantize", source, "out", "--int8", "--resume", cwd=tmp_path / "stopped"))
+        assert "belongs to another job" in line
+        done = inside("quantize", source, "out", *options, "--resume", cwd=tmp_path / "stopped")
+        assert done.returncode == 0, done.stderr
+        assert contents(tmp_path / "stopped" / "out") == contents(tmp_path / "straight" / "out")
+        assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["out"]
+
+    def test_before_the_first_shard_nothing_is_left(self, source: Path, tmp_path: Path) -> None:
+        process = slow_quantize(source, tmp_path, "--max-shard-size", "5GB")
+        while process.poll() is None and not (tmp_path / "out.partial").exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert "nothing was written" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.slow
+    def test_killed_again_and_again(self, inside: Fewbits, source: Path, tmp_path: Path) -> None:
+        """At random moments, from the start of the interpreter to the last rename."""
+        moments = random.Random(7)
+        for name in ("killed", "straight"):
+            (tmp_path / name).mkdir()
+        options = ["--max-shard-size", "300kB", "--quiet"]
+        assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
+        kills = 0
+        while not (tmp_path / "killed" / "out").exists():
+            process = slow_quantize(source, tmp_path / "killed", "--resume")
+            try:
+                process.wait(moments.uniform(3, 8))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+            process.communicate()
+            assert kills < 30
+        assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
+
+
+def test_help_shows_an_example(inside: Fewbits) -> None:
+    for command in ("quantize", "finalize"):
+        done = inside(command, "--help")
+        assert done.returncode == 0
+        assert "Example: fewbits " in done.stdout
+
+
+def test_starting_loads_no_heavy_package() -> None:
+    """What `fewbits --help`, a wrong argument and shell completion wait for."""
+    script = (
+        "import sys, fewbits.cli\n"
+        "print(sorted({'transformers', 'accelerate', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
+_CHECKPOINT = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+
+folder, layers, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+hidden, mlp, vocabulary = 2048, 5632, 32000
+config = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=hidden, intermediate_size=mlp,
+    num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, vocab_size=vocabulary,
+    dtype=sys.argv[3], tie_word_embeddings=False,
+)
+(folder / "config.json").write_text(json.dumps(config))
+
+def weight(*shape):
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02)
+
+def layer(prefix):
+    for name in ("q", "k", "v", "o"):
+        yield f"{prefix}.self_attn.{name}_proj.weight", weight(hidden, hidden)
+    for name in ("gate", "up"):
+        yield f"{prefix}.mlp.{name}_proj.weight", weight(mlp, hidden)
+    yield f"{prefix}.mlp.down_proj.weight", weight(hidden, mlp)
+    for name in ("input", "post_attention"):
+        yield f"{prefix}.{name}_layernorm.weight", torch.ones(hidden, dtype=dtype)
+
+names = {}
+norm = {"model.norm.weight": torch.ones(hidden, dtype=dtype)}
+files = [lambda: {"model.embed_tokens.weight": weight(vocabulary, hidden), **norm}]
+files += [lambda number=number: dict(layer(f"model.layers.{number}")) for number in range(layers)]
+files += [lambda: {"lm_head.weight": weight(vocabulary, hidden)}]
+for number, make in enumerate(files):
+    tensors, file = make(), f"model-{number}.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    names |= dict.fromkeys(tensors, file)
+(folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+"""
+
+_MEASURED = """
+import sys
+import fewbits.cli, fewbits.integrations.streaming
+from fewbits.machine import PeakMemory
+peak = PeakMemory()
+sys.argv = ["fewbits", *sys.argv[1:]]
+try:
+    fewbits.cli.main()
+finally:
+    print(peak.bytes_above_start(), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by /proc")
+@pytest.mark.parametrize(
+    ("layers", "dtype", "options"),
+    [(12, "bfloat16", []), (30, "bfloat16", ["--int8"]), (8, "float32", ["--format", "int4:g128:f16:zero"])],
+)
+def test_memory_is_bounded_by_the_largest_tensor(
+    layers: int, dtype: str, options: list[str], tmp_path: Path
+) -> None:
+    """Checkpoints of 1.5 to 3.4 GB in three times the largest tensor in float32, and 256 MB."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
+    source = tmp_path / "source"
+    source.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", _CHECKPOINT, str(source), str(layers), dtype], env=environment, check=True
+    )
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert size > 1.4e9
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, "quantize", str(source), "out", "--json", *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stderr.splitlines()[-1])
+    result = json.loads(done.stdout)
+    print(size, peak, result)
+    assert peak <= 3 * 4 * 32000 * 2048 + 256e6
+    assert result["bytes"] < 0.65 * size
+    shutil.rmtree(tmp_path / "out")

@@ -115,19 +115,22 @@ def fill(layer: QuantModule, weight: str, value: Tensor, name: str) -> dict[str,
 
     `value` has the orientation of the layer that `layer` replaced; `name` is what errors call it.
     """
-    return layer.stored(weight, quantized(layer, weight, value, name))
+    result, error, total = quantized(layer, weight, value, name)
+    layer.relative_errors[weight] = (error / total) ** 0.5 if total else 0.0
+    return layer.stored(weight, result)
 
 
-def quantized(layer: QuantModule, weight: str, value: Tensor, name: str) -> list[QuantizedTensor]:
-    """As `fill`, but the quantized tensors themselves: one, or one per expert."""
+def quantized(
+    layer: QuantModule, weight: str, value: Tensor, name: str
+) -> tuple[list[QuantizedTensor], float, float]:
+    """What `fill` stores: the quantized tensors, one or one per expert; ‖W - decode(W)‖² and ‖W‖²."""
     result, error, total = [], 0.0, 0.0
     for index, matrix in enumerate(layer.matrices(value)):
         one = ops.quantize(matrix, layer.scheme.weight, name=f"{name}[{index}]" if layer.is_stack else name)
         result.append(one)
         squares = _squared_error(matrix, one.dequantize(matrix.dtype))
         error, total = error + squares[0], total + squares[1]
-    layer.relative_errors[weight] = (error / total) ** 0.5 if total else 0.0
-    return result
+    return result, error, total
 
 
 def _squared_error(weight: Tensor, decoded: Tensor) -> tuple[float, float]:

@@ -77,47 +77,61 @@ def adapter_bytes(shapes: Iterable[tuple[int, int]], rank: int) -> int:
 
 
 def loading_bytes(model: nn.Module) -> int:
-    """Memory beside the weights at the worst moment of loading `model`, whose layers are quantized (empty).
+    """The most that is in memory while `model`, whose layers are quantized (empty), is loaded.
 
-    A linear weight is decoded once more, to see its error: rows × columns × element bytes, and the
-    temporaries of a block. Fused experts are merged from single ones first: their bytes before quantization,
-    one decoded expert, and their codes twice. Weights that are read as they are stay mapped from their file.
+    Weights arrive in the order of their names. With those that are there, a linear weight is decoded once
+    more, to see its error: rows × columns × element bytes, and the temporaries of a block. Fused experts are
+    merged from single ones first: their bytes before quantization, one decoded expert, and their codes twice.
+    Weights that are read as they are stay mapped from their file.
     """
-    return max((_in_flight(layer) for layer in _quantized(model)), default=_merged(model))
+    arrived = worst = 0
+    seen: set[int] = set()
+    for _, module in sorted(model.named_modules(), key=lambda pair: pair[0]):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            arrived += 0 if id(tensor) in seen else tensor.nbytes
+            seen.add(id(tensor))
+        worst = max(worst, arrived + _in_flight(module))
+    return worst
 
 
-def _in_flight(layer: QuantModule) -> int:
+def _in_flight(module: nn.Module) -> int:
+    """Bytes beside the result while the weights of one module are read."""
+    if not isinstance(module, QuantModule):
+        parameters = module.parameters(recurse=False)
+        return max((one.nbytes for one in parameters if one.dim() == 3), default=0)  # merged experts
     sizes = [0]
-    for weight, (shape, dtype) in layer.weights().items():
+    for weight, (shape, dtype) in module.weights().items():
         decoded = shape.numel() * dtype.itemsize
-        codes = getattr(layer, layer.part_names(weight)["codes"])
-        stack = len(codes) * decoded + codes.nbytes if layer.is_stack else 0
+        codes = getattr(module, module.part_names(weight)["codes"])
+        stack = len(codes) * decoded + codes.nbytes if module.is_stack else 0
         sizes.append(stack + decoded + _block(shape))
     return max(sizes)
 
 
-def _merged(model: nn.Module) -> int:
-    """Bytes of the largest 3-D parameter: fused experts, which are merged from single ones."""
-    return max((parameter.nbytes for parameter in model.parameters() if parameter.dim() == 3), default=0)
-
-
 def decoding_bytes(model: nn.Module, tokens: int) -> int:
-    """Temporaries of the hungriest layer of `model` in plain torch, for an input of `tokens` rows.
+    """Temporaries of the hungriest product x · decode(W)ᵀ of `model` in plain torch, x [tokens, in].
 
-    x · decode(W)ᵀ: W [out, in] in the dtype of the model, and a block. LLM.int8(): of x three float32 forms
-    and a mask, 13 × tokens × in; of y three, or two and 1024 columns of W, all of 4 bytes. Rows of an
-    embedding: up to 21 × tokens × columns.
+    Decoding: W [out, in] in the dtype of the model, and a block. LLM.int8(): of x three float32 forms and a
+    mask, 13 × tokens × in; of y three, or two and 1024 columns of W, all of 4 bytes.
     """
-    return max((_product(layer, tokens) for layer in _quantized(model)), default=0)
+    layers = (layer for layer in _quantized(model) if not isinstance(layer, QuantEmbedding))
+    return max((_product(layer, tokens) for layer in layers), default=0)
+
+
+def lookup_bytes(model: nn.Module, tokens: int) -> int:
+    """Temporaries of decoding `tokens` rows of a quantized embedding: 21 × tokens × columns, at most.
+
+    That is before anything is in the cache.
+    """
+    tables = (layer for layer in _quantized(model) if isinstance(layer, QuantEmbedding))
+    return max((_ROW_BYTES * tokens * table.embedding_dim for table in tables), default=0)
 
 
 def _product(layer: QuantModule, tokens: int) -> int:
     sizes = [0]
     for shape, dtype in layer.weights().values():
         rows, columns = shape
-        if isinstance(layer, QuantEmbedding):
-            sizes.append(_ROW_BYTES * tokens * columns)
-        elif layer.scheme.activation is not None:
+        if layer.scheme.activation is not None:
             product = max(12 * tokens * rows, 8 * tokens * rows + 4 * rows * min(columns, _INT8_COLUMNS))
             sizes.append(13 * tokens * columns + product)
         else:
@@ -140,9 +154,9 @@ def _quantized(model: nn.Module) -> Iterator[QuantModule]:
 class Estimate:
     """The memory of one way to hold a model.
 
-    weights: all parameters and buffers; loading: beside them at the worst moment of loading; cache: keys and
-    values of the whole context; activations: what else a run needs at its worst moment, temporaries of
-    decoding included; adapters: LoRA with gradients and optimizer. cache and activations None: not known.
+    weights: all parameters and buffers; loading: all at the worst moment of loading; cache: keys and values
+    of the whole context; activations: what else a run needs at its worst moment, temporaries of decoding
+    included; adapters: LoRA with gradients and optimizer. cache and activations None: not known.
     """
 
     weights: int
@@ -150,11 +164,6 @@ class Estimate:
     cache: int | None
     activations: int | None
     adapters: int = 0
-
-    @property
-    def peak_loading(self) -> int:
-        """Weights and what is in flight."""
-        return self.weights + self.loading
 
     @property
     def running(self) -> int | None:
@@ -165,8 +174,8 @@ class Estimate:
 
     @property
     def needed(self) -> int:
-        """The larger of both; without a known running size, at least this."""
-        return max(self.peak_loading, self.running or 0)
+        """The most at any time; without a known running size, at least this."""
+        return max(self.loading, self.weights, self.running or 0)
 
     @property
     def least_device(self) -> int:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewbits.checkpoint import files, finish, job
+from fewbits.checkpoint import files, finish, job, session
+from fewbits.checkpoint import work as work_on
 from fewbits.checkpoint.folder import Folder, open_folder
 from fewbits.checkpoint.job import Job, Made, Unit
 from fewbits.checkpoint.safetensors import CheckpointError
@@ -40,7 +41,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def halved(tensors: Mapping[str, Tensor]) -> Made:
-    return Made({name: tensor.half() for name, tensor in tensors.items()}, dict.fromkeys(tensors, 0.25))
+    return Made(
+        {name: tensor.half() for name, tensor in tensors.items()}, dict.fromkeys(tensors, (1.0, 16.0))
+    )
 
 
 def new_job(source: Path, out: Path, shards: int = 4, **changes: Any) -> Job:
@@ -82,9 +85,14 @@ def unit(folder: Folder, name: str, make: Any) -> Unit:
 
 
 def do(work: Job, *, join: bool = False, threads: int = 2, memory: int = 2**16) -> None:
-    job.start(work, join=join)
-    job.run(work, work.shards, threads=threads, memory=memory, advance=lambda _: None)
-    finish.finish(work.out, overwrite=False)
+    with session.session(work, "all", join=join):
+        work_on.run(work, work.shards, threads=threads, memory=memory, advance=lambda _: None)
+        finish.finish(work.out, overwrite=False)
+
+
+def start(work: Job, *, join: bool) -> None:
+    with session.session(work, "all", join=join):
+        pass
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -231,8 +239,9 @@ class TestResume:
             do(work, threads=1)
         assert not out.exists()
         assert not list(work.partial.rglob("*.part"))
-        finished = [job.read_record(work.partial, shard.name) is not None for shard in work.shards]
+        finished = [session.read_record(work.partial, shard.name) is not None for shard in work.shards]
         assert sum(finished) == after // 3
+        assert work.partial.exists() == (after >= 3)
         made: list[str] = []
 
         def noted(tensors: Mapping[str, Tensor]) -> Made:
@@ -303,21 +312,21 @@ class TestWorkers:
         (tmp_path / "many").mkdir()
         for number in reversed(range(count)):
             work = new_job(source, tmp_path / "many" / "out")
-            job.start(work, join=True)
-            job.run(work, work.shards[number::count], threads=1, memory=1, advance=lambda _: None)
+            start(work, join=True)
+            work_on.run(work, work.shards[number::count], threads=1, memory=1, advance=lambda _: None)
         finish.finish(tmp_path / "many" / "out", overwrite=False)
         assert contents(tmp_path / "many" / "out") == contents(tmp_path / "one" / "out")
 
     def test_a_missing_worker_is_named(self, source: Path, tmp_path: Path) -> None:
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=True)
-        job.run(work, work.shards[0::2], threads=1, memory=1, advance=lambda _: None)
+        start(work, join=True)
+        work_on.run(work, work.shards[0::2], threads=1, memory=1, advance=lambda _: None)
         with pytest.raises(CheckpointError, match=r"2 of 4 shards are not finished: model-00002-of-00004"):
             finish.finish(work.out, overwrite=False)
 
     def test_two_processes_never_write_one_shard(self, source: Path, tmp_path: Path) -> None:
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=True)
+        start(work, join=True)
         entered, leave = threading.Event(), threading.Event()
 
         def waiting(tensors: Mapping[str, Tensor]) -> Made:
@@ -327,20 +336,22 @@ class TestWorkers:
 
         slow = new_job(source, tmp_path / "out", make=waiting)
         other = threading.Thread(
-            target=job.run, args=(slow, slow.shards[:1]), kwargs={"threads": 1, "memory": 1, "advance": id}
+            target=work_on.run,
+            args=(slow, slow.shards[:1]),
+            kwargs={"threads": 1, "memory": 1, "advance": id},
         )
         other.start()
         entered.wait(30)
         try:
             with pytest.raises(BlockingIOError, match="another process is writing model-00001-of-00004"):
-                job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+                work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
             with pytest.raises(BlockingIOError, match="still writing"):
-                job.discard(work.partial)
+                session.discard(work.partial)
         finally:
             leave.set()
             other.join()
-        assert job.read_record(work.partial, work.shards[0].name) is not None
-        job.discard(work.partial)
+        assert session.read_record(work.partial, work.shards[0].name) is not None
+        session.discard(work.partial)
         assert not work.partial.exists()
 
 
@@ -351,8 +362,8 @@ class TestFinish:
 
     def test_a_shard_that_rotted_is_found(self, source: Path, tmp_path: Path) -> None:
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=False)
-        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        start(work, join=False)
+        work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         shard = work.partial / work.shards[2].name
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
@@ -365,8 +376,8 @@ class TestFinish:
         do(new_job(source, tmp_path / "out"))
         (tmp_path / "out" / "old").write_text("old")
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=False)
-        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        start(work, join=False)
+        work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         with pytest.raises(FileExistsError, match="--overwrite replaces it"):
             finish.finish(work.out, overwrite=False)
         finish.finish(work.out, overwrite=True)
@@ -375,8 +386,8 @@ class TestFinish:
 
     def test_foreign_files_do_not_get_into_the_result(self, source: Path, tmp_path: Path) -> None:
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=False)
-        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        start(work, join=False)
+        work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         (work.partial / "model.bin").write_text("evil")
         with pytest.raises(FileExistsError, match=r"model\.bin"):
             finish.finish(work.out, overwrite=False)
@@ -389,8 +400,8 @@ class TestFinish:
         if not atomic:
             monkeypatch.setattr(finish, "exchange", lambda one, other: False)
         work = new_job(source, tmp_path / "out", base_model="org/other")
-        job.start(work, join=False)
-        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        start(work, join=False)
+        work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         finish.finish(work.out, overwrite=True)
         assert "org/other" in (work.out / "README.md").read_text()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
@@ -411,8 +422,8 @@ class TestFinish:
         do(new_job(source, tmp_path / "out"))
         before = contents(tmp_path / "out")
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=False)
-        job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        start(work, join=False)
+        work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         rename = Path.rename
 
         def failing(self: Path, target: Path) -> Path:
@@ -449,7 +460,7 @@ class TestFullDisk:
         assert caught.value.errno == errno.ENOSPC
         assert not work.out.exists()
         assert not list(work.partial.rglob("*.part"))
-        finished = [job.read_record(work.partial, shard.name) is not None for shard in work.shards]
+        finished = [session.read_record(work.partial, shard.name) is not None for shard in work.shards]
         assert any(finished)
         subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
         do(new_job(source, small_disk / "out"), join=True)
@@ -462,17 +473,18 @@ import sys, time, torch
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import test_job as t
-from fewbits.checkpoint import finish, job
+from fewbits.checkpoint import finish, session
+from fewbits.checkpoint import work as work_on
 
 def slow(tensors):
     time.sleep(0.02)
     return t.halved(tensors)
 
 work = t.new_job(Path(sys.argv[3]), Path(sys.argv[4]), make=slow)
-job.start(work, join=True)
-print("started", flush=True)
-job.run(work, work.shards, threads=2, memory=2**16, advance=lambda _: None)
-finish.finish(work.out, overwrite=False)
+with session.session(work, "all", join=True):
+    print("started", flush=True)
+    work_on.run(work, work.shards, threads=2, memory=2**16, advance=lambda _: None)
+    finish.finish(work.out, overwrite=False)
 """
 
 
@@ -524,8 +536,8 @@ class TestFiles:
         target = tmp_path / "target"
         target.write_text("precious")
         work = new_job(source, tmp_path / "out")
-        job.start(work, join=False)
+        start(work, join=False)
         (work.partial / ".job" / f"{work.shards[0].name}.part").symlink_to(target)
         with pytest.raises(OSError, match="symbolic links"):
-            job.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+            work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
         assert target.read_text() == "precious"

@@ -239,7 +239,7 @@ class TestRefused:
             (["--worker", "3/2"], "is not i/N"),
             (["--worker", "0/2"], "is not i/N"),
             (["--max-shard-size", "0"], "at least one byte"),
-            (["--set", "k_porj=int8"], "matches no module of LlamaForCausalLM; did you mean"),
+            (["--set", "k_porj=int8"], "names nothing to quantize in LlamaForCausalLM; did you mean"),
             (["--set", ".*=skip"], "nothing would be quantized"),
         ],
     )

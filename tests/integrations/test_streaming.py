@@ -17,8 +17,10 @@ from torch import Tensor
 import fewbits
 from fewbits.checkpoint.finish import finish
 from fewbits.checkpoint.folder import open_folder
-from fewbits.checkpoint.job import Job, run, split, start
+from fewbits.checkpoint.job import Job, split
 from fewbits.checkpoint.safetensors import CheckpointError
+from fewbits.checkpoint.session import session
+from fewbits.checkpoint.work import run
 from fewbits.integrations import streaming
 
 from .conftest import KINDS
@@ -73,9 +75,9 @@ def stream(
         "versions": {"fewbits": "0"},
     }
     job = Job(folder, out, shards, identity, {"config.json": json.dumps(plan.config)}, {})
-    start(job, join=False)
-    run(job, shards, threads=threads, memory=2**20, advance=lambda _: None)
-    finish(out, overwrite=False)
+    with session(job, "all", join=False):
+        run(job, shards, threads=threads, memory=2**20, advance=lambda _: None)
+        finish(out, overwrite=False)
     return plan
 
 
@@ -370,3 +372,75 @@ def test_what_a_hostile_config_asks_for_is_left_out(
     stream(source, tmp_path / "out", CONFIGS["nf4_dq"])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+_FUSED = {
+    "NomicBert": ("NomicBertForMaskedLM", {"type_vocab_size": 2, "max_position_embeddings": 64}),
+    "JinaEmbeddingsV3": (
+        "JinaEmbeddingsV3ForMaskedLM",
+        {"type_vocab_size": 1, "max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", ["nf4_dq", "int4", "int8"])
+@pytest.mark.parametrize("name", _FUSED)
+def test_what_is_fused_in_files_is_stored_layer_by_layer(
+    name: str, options: str, load: Load, run: Run, same_tensors: Same, tmp_path: Path
+) -> None:
+    """Their files hold q, k and v in one tensor, which codes cannot be put together to."""
+    architecture, settings = _FUSED[name]
+    config = getattr(transformers, f"{name}Config")(**_SMALL, **settings)
+    torch.manual_seed(3)
+    model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    assert any("Wqkv" in key for key in load_file(tmp_path / "source" / "model.safetensors"))
+    fly = on_the_fly(tmp_path / "source", tmp_path / "fly", CONFIGS[options], load)
+    assert len(fewbits.report(fly).quantized) >= 6
+    stream(tmp_path / "source", tmp_path / "out", CONFIGS[options])
+    same_tensors(tmp_path / "fly", tmp_path / "out")
+    assert run(load(tmp_path / "out")).equal(run(fly))
+
+
+def test_experts_are_made_one_by_one(checkpoint: Checkpoint) -> None:
+    """So that memory depends on an expert, not on all experts of a layer."""
+    found = streaming.plan(open_folder(checkpoint("mixtral", torch.bfloat16)), CONFIGS["int4"])
+    pieces = [unit for unit in found.units if unit.piece[1] > 1]
+    assert [unit.piece for unit in pieces[:5]] == [(0, 4), (1, 4), (2, 4), (3, 4), (0, 4)]
+    assert len(pieces) == 2 * 2 * 4
+    assert sorted(pieces[1].sources) == [
+        "model.layers.0.block_sparse_moe.experts.1.w1.weight",
+        "model.layers.0.block_sparse_moe.experts.1.w3.weight",
+    ]
+    assert found.largest == 2 * 80 * 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**5}, "more than .* modules"),
+        ({"num_labels": 10**8}, "num_labels 100000000, which no model has"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+        ({"architectures": ["PreTrainedModel"]}, "architecture 'PreTrainedModel'"),
+    ],
+)
+def test_a_config_that_would_take_all_memory_or_means_nothing(
+    changes: dict[str, Any], message: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(with_config(checkpoint("llama"), tmp_path / "x", **changes))
+
+
+def test_a_config_nested_without_end(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(100):
+        nested = {"a": nested}
+    with pytest.raises(ValueError, match="nested deeper"):
+        plan(with_config(checkpoint("llama"), tmp_path / "x", extra=nested))
+
+
+def test_float64(checkpoint: Checkpoint, load: Load, same_tensors: Same, tmp_path: Path) -> None:
+    source = with_config(checkpoint("llama", torch.float32), tmp_path / "x", dtype="float64")
+    on_the_fly(source, tmp_path / "fly", CONFIGS["int4"], load)
+    stream(source, tmp_path / "out", CONFIGS["int4"])
+    same_tensors(tmp_path / "fly", tmp_path / "out")

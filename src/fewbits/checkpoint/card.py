@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,17 +12,32 @@ import yaml
 # What a card of the original says that holds for the quantized model as well.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
-_MAX_CARD = 1_000_000  # characters that are looked at
+_MAX_CARD = 60_000  # characters that are looked at
+_MAX_FACT, _MAX_FACTS = 200, 50  # characters of a fact, facts in a list
 
 
-def inherited(text: str) -> dict[str, Any]:
-    """The facts of a card that its quantized model inherits, such as the licence; {} where there are none."""
-    found = _FRONT_MATTER.match(text[:_MAX_CARD])
+def inherited(card: Path) -> dict[str, Any]:
+    """The facts of a card that its quantized model inherits, such as the licence; {} where there are none.
+
+    The card is foreign text: only short strings and short lists of them are taken, no aliases are followed,
+    and a card that cannot be read is passed over.
+    """
     try:
-        facts = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        with card.open(encoding="utf-8") as file:
+            found = _FRONT_MATTER.match(file.read(_MAX_CARD))
+        if found is None or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(found[1])):
+            return {}
+        facts = yaml.safe_load(found[1])
+    except Exception:  # what a foreign text makes of a YAML reader; a card decides nothing
         return {}
-    return {key: facts[key] for key in _INHERITED if key in facts} if isinstance(facts, dict) else {}
+    given = facts if isinstance(facts, dict) else {}
+    return {key: given[key] for key in _INHERITED if _is_fact(given.get(key))}
+
+
+def _is_fact(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= _MAX_FACTS and all(isinstance(item, str) and _is_fact(item) for item in value)
+    return isinstance(value, str) and len(value) <= _MAX_FACT and value.isprintable()
 
 
 def model_card(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,11 @@ def file_hash(path: Path, advance: Callable[[int], object] = lambda _: None) -> 
     return digest.hexdigest()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what an interrupted write of this module left."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", name) is not None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     with _replaced(path) as file:
@@ -61,9 +68,8 @@ def copy_atomically(source: Path, path: Path) -> None:
 @contextmanager
 def _replaced(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` at the end; nothing is written through a link that is there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:
             yield file
             file.flush()

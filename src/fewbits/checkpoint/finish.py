@@ -8,6 +8,7 @@ SHA256SUMS      hashes of all files, for `sha256sum --check` and `fewbits verify
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -15,17 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.checkpoint.card import model_card
-from fewbits.checkpoint.files import exchange, file_hash, sync_folder, write_atomically
+from fewbits.checkpoint.files import exchange, file_hash, is_temporary, sync_folder, write_atomically
 from fewbits.checkpoint.folder import CONFIG, INDEX, checked_file
-from fewbits.checkpoint.job import Advance, partial_folder, read_record
-from fewbits.checkpoint.safetensors import CheckpointError, read_header
+from fewbits.checkpoint.job import Advance, partial_folder
+from fewbits.checkpoint.safetensors import CheckpointError, read_header, shown
+from fewbits.checkpoint.session import read_description, read_record
 
 SIDE_FILE = "fewbits.json"
 HASHES = "SHA256SUMS"
 
 
-_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm", ".vocab")
-_CARRIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_CARRIED = re.compile(
+    r"[\w+-][\w .+-]{0,200}\.(json|txt|model|jinja|tiktoken|bpe|spm|vocab)"
+    r"|(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([.-]\w{1,40})?(\.(txt|md))?",
+    re.ASCII,
+)
+# Of no use in a quantized folder, or worse: one with an adapter_config.json is taken for an adapter.
+_LEFT = re.compile(
+    r"adapter_config\.json|.*\.index\.json|trainer_state\.json|training_args.*|.*\.(tmp|pkl|py)"
+)
 _MADE = (CONFIG, INDEX, SIDE_FILE, HASHES, "README.md")
 _MAX_CARRIED = 2**30  # bytes of a file
 
@@ -42,11 +51,11 @@ def carried(folder: Path) -> tuple[dict[str, Path], list[str]]:
         name = path.name
         if name in _MADE or name.startswith(".") or name.endswith(".safetensors"):
             continue
-        wanted = name.endswith(_CARRIED_SUFFIXES) or name.startswith(_CARRIED_NAMES)
+        wanted = _CARRIED.fullmatch(name) and not _LEFT.fullmatch(name)
         if wanted and checked_file(folder, name).is_file() and path.stat().st_size <= _MAX_CARRIED:
             found[name] = path
         else:
-            left.append(name)
+            left.append(shown(name))
     return found, left
 
 
@@ -58,10 +67,13 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
     """
     partial = partial_folder(out)
     check_place(out)
-    identity = read_identity(partial)
+    identity = read_description(partial)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it")
     records = _checked_records(partial, identity, advance)
+    for path in partial.iterdir():
+        if is_temporary(path.name):  # of a worker that was killed
+            path.unlink()
     expected = {*records, *identity["carried"], *_MADE, ".job"}
     if foreign := sorted(path.name for path in partial.iterdir() if path.name not in expected):
         raise FileExistsError(f"{partial} holds {foreign[0]!r}, which is no part of the result; remove it")
@@ -71,7 +83,9 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
     about = {**identity, "weights": [_entry(entry, errors) for entry in identity["weights"]]}
     del about["shards"]
     write_atomically(partial / SIDE_FILE, _json(about).encode())
-    write_atomically(partial / "README.md", model_card(about, identity["card"]).encode())
+    write_atomically(
+        partial / "README.md", model_card(about, identity["card"]).encode(errors="backslashreplace")
+    )
     hashes = {name: record["sha256"] for name, record in records.items()}
     for path in sorted(partial.iterdir()):
         if path.is_file() and path.name not in (*hashes, HASHES):
@@ -103,15 +117,6 @@ def check_place(out: Path) -> None:
             f"{out} is more or less than a model (config.json and safetensors files, no folders), so it is "
             "never replaced; choose another place"
         )
-
-
-def read_identity(partial: Path) -> dict[str, Any]:
-    """What the job in `partial` is. FileNotFoundError when there is none."""
-    path = partial / ".job" / "job.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {partial}; run `fewbits quantize` first")
-    identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return identity
 
 
 def _checked_records(
@@ -150,7 +155,7 @@ def _entry(entry: Mapping[str, Any], errors: Mapping[str, float]) -> dict[str, A
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def _rename(partial: Path, out: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,8 @@ class Folder:
         gone."""
         file = self.files[name]
         header = self.headers[file]
-        with open_regular(header.path) as (fd, size):
-            _check_unchanged(header, size)
+        with open_regular(header.path) as (fd, status):
+            _check_unchanged(header, status)
             return read_tensor(fd, header.tensors[name], file)
 
     @property
@@ -190,7 +191,8 @@ def checked_file(folder: Path, name: str) -> Path:
 
 def read_text(folder: Path, name: str, most_bytes: int) -> str:
     """The UTF-8 text in the file `name` of `folder`; CheckpointError if it is none or over `most_bytes`."""
-    with open_regular(checked_file(folder, name)) as (fd, size):
+    with open_regular(checked_file(folder, name)) as (fd, status):
+        size = status.st_size
         if size > most_bytes:
             raise CheckpointError(f"{name} has {size} bytes, over the limit of {most_bytes}; {_AGAIN}")
         text = bytearray(size)
@@ -233,8 +235,8 @@ def check_values(folder: Folder, names: Iterable[str], advance: Callable[[int], 
             advance(info.nbytes)
             continue
         header = folder.headers[file]
-        with open_regular(header.path) as (fd, size):
-            _check_unchanged(header, size)
+        with open_regular(header.path) as (fd, status):
+            _check_unchanged(header, status)
             first, count = _find_not_finite(fd, info, file, buffer, advance)
         if count:
             raise CheckpointError(
@@ -262,11 +264,9 @@ def _find_not_finite(
     return first, found
 
 
-def _check_unchanged(header: Header, size: int) -> None:
-    if size != header.size:
-        raise CheckpointError(
-            f"{header.path.name} changed while it was in use, from {header.size} to {size} bytes; start again"
-        )
+def _check_unchanged(header: Header, status: os.stat_result) -> None:
+    if (status.st_size, status.st_mtime_ns) != (header.size, header.modified):
+        raise CheckpointError(f"{header.path.name} changed while it was in use; start again")
 
 
 def _why_no_weights(path: Path) -> str:

@@ -112,12 +112,13 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Header:
     """A checked header. tensors: by name, in the order of their bytes; size: bytes of the whole file;
-    digest: SHA-256 of the header with its length, as hex."""
+    modified: when the file last changed, in ns; digest: SHA-256 of the header with its length, as hex."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     size: int
+    modified: int
     digest: str
 
 
@@ -128,8 +129,8 @@ def shown(name: str) -> str:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[tuple[int, int]]:
-    """(descriptor, size in bytes) of a regular file, open for reading.
+def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """(descriptor, status) of a regular file, open for reading.
 
     CheckpointError for a folder, pipe, device and the like, which are not opened at all; OSError for a file
     that is missing or may not be read.
@@ -141,7 +142,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     try:
         found = os.fstat(fd)
         _check_regular(found, path)
-        yield fd, found.st_size
+        yield fd, found
     finally:
         os.close(fd)
 
@@ -181,7 +182,8 @@ def read_header(path: Path) -> Header:
     CheckpointError for anything the format forbids, and for a file shorter or longer than its header says.
     """
     where = shown(path.name)
-    with open_regular(path) as (fd, size):
+    with open_regular(path) as (fd, status):
+        size = status.st_size
         if size < 8:
             raise CheckpointError(f"{where} has {size} bytes, too few for a header; {_AGAIN}")
         prefix = bytearray(8)
@@ -205,7 +207,14 @@ def read_header(path: Path) -> Header:
     _check_coverage(tensors, 8 + length, size, where)
     digest = hashlib.sha256(prefix)
     digest.update(text)
-    return Header(path, {info.name: info for info in tensors}, metadata, size, digest.hexdigest())
+    return Header(
+        path,
+        {info.name: info for info in tensors},
+        metadata,
+        size,
+        status.st_mtime_ns,
+        digest.hexdigest(),
+    )
 
 
 def layout(

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fewbits.checkpoint.finish import check_place, finish, read_identity
+from fewbits.checkpoint.finish import check_place, finish
 from fewbits.checkpoint.job import partial_folder
+from fewbits.checkpoint.session import check_idle, read_description
 from fewbits.cli.common import AsJson, Quiet, byte_progress, format_bytes, print_json, results
 
 
@@ -26,7 +27,9 @@ def finalize(
     Example: fewbits finalize demo-nf4
     """
     check_place(out)
-    shards = read_identity(partial_folder(out))["shards"]
+    partial = partial_folder(out)
+    shards = read_description(partial)["shards"]
+    check_idle(partial)
     with byte_progress(quiet) as progress:
         task = progress.add_task("checking hashes", total=sum(size for _, size in shards))
         finish(out, overwrite=overwrite, advance=lambda count: progress.update(task, advance=count))

@@ -94,7 +94,7 @@ def plan_job(request: Request) -> Planned:
     shards = split(plan.units, request.max_shard_bytes)
     copies, left = carried(path)
     identity = _identity(request, folder, plan, shards, copies)
-    texts = {"config.json": json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"}
+    texts = {"config.json": json.dumps(plan.config, indent=2, sort_keys=True) + "\n"}
     job = Job(folder, request.out, shards, identity, texts, copies)
     return Planned(job, plan.report, folder.nbytes, plan.largest, tuple(left))
 
@@ -111,7 +111,8 @@ def chosen_config(request: Request) -> Config | Callable[[torch.dtype], Config]:
     if len(sets) < len(request.sets):
         raise ValueError("--set names a pattern twice; give each pattern once")
     skips = [pattern for pattern, entry in sets.items() if entry == "skip"]
-    format = "int8:row@int8:t6" if request.int8 else str(Scheme.parse(request.format or DEFAULT_FORMAT))
+    given = DEFAULT_FORMAT if request.format is None else request.format
+    format = "int8:row@int8:t6" if request.int8 else str(Scheme.parse(given))
     if len(skips) < len(sets) or not (request.int8 or format in _BITSANDBYTES_FORMATS):
         return FewbitsConfig(format, modules=sets)
     skip_list = skips or None
@@ -134,8 +135,8 @@ def chosen_config(request: Request) -> Config | Callable[[torch.dtype], Config]:
 def read_config(path: Path) -> Config:
     """The quantization config in a JSON file: alone, or as "quantization_config" of a config.json."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} is not JSON: {error}") from error
     options = found.get("quantization_config", found) if isinstance(found, dict) else None
     if not isinstance(options, dict):
@@ -143,7 +144,7 @@ def read_config(path: Path) -> Config:
     kinds: dict[str, type[Config]] = {"bitsandbytes": BitsAndBytesConfig, "fewbits": FewbitsConfig}
     guess = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(options) else "fewbits"
     method = options.get("quant_method", guess)
-    if method not in kinds:
+    if not isinstance(method, str) or method not in kinds:
         raise ValueError(
             f'--config {path} has quant_method {method!r}; fewbits makes "bitsandbytes" and "fewbits"'
         )
@@ -175,7 +176,9 @@ def _check_patterns(sets: Sequence[str], plan: Plan) -> None:
             names = {name.rpartition(".")[2] for name in plan.modules} | set(plan.modules)
             near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else "`fewbits inspect` shows the names"
-            raise ValueError(f"--set {one!r} matches no module of {plan.config['architectures'][0]}; {hint}")
+            raise ValueError(
+                f"--set {one!r} names nothing to quantize in {plan.config['architectures'][0]}; {hint}"
+            )
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -193,11 +196,7 @@ def _identity(
     copies: Mapping[str, Path],
 ) -> dict[str, Any]:
     card = folder.path / "README.md"
-    facts = (
-        inherited(checked_file(folder.path, card.name).read_text("utf-8", "replace"))
-        if card.is_file()
-        else {}
-    )
+    facts = inherited(checked_file(folder.path, card.name)) if card.is_file() else {}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", request.source) and not Path(request.source).exists()
     name = request.source if is_id else folder.path.name
     itemsize = getattr(torch, plan.config["dtype"]).itemsize
@@ -218,7 +217,7 @@ def _identity(
         "parameters": sum(entry.count for entry in plan.report.entries),
         "weights": [_weight(entry, itemsize) for entry in plan.report.entries],
         "shards": [[shard.name, shard.size] for shard in shards],
-        "card": json.loads(json.dumps(facts, default=str)),
+        "card": facts,
     }
 
 
@@ -233,6 +232,11 @@ def _weight(entry: Entry, itemsize: int) -> dict[str, Any]:
         "nbytes": entry.nbytes,
         "original_bytes": entry.count * itemsize if entry.quantized else entry.nbytes,
     }
+
+
+def part_name(worker: str | None) -> str:
+    """What the lock of a worker's part is called."""
+    return "all" if worker is None else f"worker-{worker.replace('/', '-of-')}"
 
 
 def part_of(shards: Sequence[Shard], worker: str | None) -> tuple[Shard, ...]:

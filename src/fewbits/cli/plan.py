@@ -159,7 +159,7 @@ def _table(made: Plan) -> Table:
             row.label,
             format_bytes(one.weights),
             f"{row.bits_per_weight:.2f}",
-            format_bytes(one.peak_loading),
+            format_bytes(one.loading),
             *("unknown" if size is None else format_bytes(size) for size in sizes),
             *(Text(answer, _STYLES[answer]) for answer in answers),
         )
@@ -255,7 +255,6 @@ def _row_json(row: Row, devices: Sequence[Device]) -> dict[str, Any]:
         "format": row.method.format,
         "bits_per_weight": row.bits_per_weight,
         **asdict(one),
-        "peak_loading": one.peak_loading,
         "running": one.running,
         "fits": {device.name: device.fits(one) for device in devices},
     }

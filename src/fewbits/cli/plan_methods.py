@@ -15,7 +15,15 @@ from fewbits.cli.common import format_bytes
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.model import quantize_model
 from fewbits.nn import QuantModule
-from fewbits.planner import Device, Estimate, adapter_bytes, cache_bytes, decoding_bytes, loading_bytes
+from fewbits.planner import (
+    Device,
+    Estimate,
+    adapter_bytes,
+    cache_bytes,
+    decoding_bytes,
+    loading_bytes,
+    lookup_bytes,
+)
 from fewbits.report import Entry, report
 
 DEFAULT_CONTEXT = 8192
@@ -157,12 +165,14 @@ class Source:
         kinds: dict[str, Any] = {"bitsandbytes": BitsAndBytesConfig, "fewbits": FewbitsConfig}
         if name in kinds:
             quantize_model(model, kinds[name].from_dict(quantization))
-        row = self._finish(Method("stored", "as stored"), model, case, (), adapters, 0)
+        row = self._finish(
+            Method("stored", "as stored"), model, case, (), adapters, model.get_memory_footprint()
+        )
         if name in kinds or self.folder is None:
             return row
         self.notes.append(f"Temporaries of {name} are not counted.")
         weights = self.folder.nbytes
-        estimate = replace(row.estimate, weights=weights)
+        estimate = replace(row.estimate, weights=weights, loading=weights)
         return replace(row, estimate=estimate, bits_per_weight=8 * weights / self.parameters, kept=())
 
     def _finish(
@@ -175,7 +185,10 @@ class Source:
         loading: int,
     ) -> Row:
         cache, live = self._demand(method.dtype or self.dtype, case)
-        activations = None if live is None else live + decoding_bytes(model, case.batch * case.context)
+        tokens = case.batch * case.context
+        activations = None
+        if cache is not None and live is not None:
+            activations = max(live + decoding_bytes(model, tokens), lookup_bytes(model, tokens) - cache)
         weights = model.get_memory_footprint()
         estimate = Estimate(weights, loading, cache, activations, adapters)
         return Row(method, estimate, 8 * weights / self.parameters, embeddings, report(model).kept)

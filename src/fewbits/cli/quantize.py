@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,9 @@ from rich.table import Table
 from fewbits import ops
 from fewbits.checkpoint.finish import check_place, finish
 from fewbits.checkpoint.folder import check_values
-from fewbits.checkpoint.job import Job, Shard, check_start, discard, partial_folder, read_record, run, start
+from fewbits.checkpoint.job import Job, Shard, partial_folder
+from fewbits.checkpoint.session import check_start, discard, read_record, session
+from fewbits.checkpoint.work import run
 from fewbits.cli.common import (
     AsJson,
     Quiet,
@@ -34,7 +37,7 @@ from fewbits.cli.common import (
     print_json,
     results,
 )
-from fewbits.cli.jobs import Planned, Request, part_of, plan_job
+from fewbits.cli.jobs import Planned, Request, part_name, part_of, plan_job
 from fewbits.machine import peak_resident_bytes, usable_cores
 from fewbits.report import Entry, Report
 
@@ -114,12 +117,14 @@ def quantize(
         return
     if overwrite and not resume and worker is None:
         discard(partial_folder(out))
-    is_worker = worker is not None
-    with _explained(planned.job, keep=is_worker or planned.job.partial.exists()):
-        timing = _work(planned, part, threads, join=resume or is_worker, quiet=quiet)
-    if not is_worker:
-        with _explained(planned.job, keep=True, finishing=True):
-            finish(out, overwrite=overwrite)
+    join = resume or worker is not None
+    check_start(planned.job, join=join)
+    with _explained(planned.job):
+        seconds = _check(planned, part, threads, quiet)
+        with session(planned.job, part_name(worker), join=join):
+            timing = _work(planned, part, threads, seconds, quiet)
+            if worker is None:
+                finish(out, overwrite=overwrite)
     if not quiet:
         _note(planned, timing, worker)
     _show_result(planned, part, timing, worker, threads, as_json)
@@ -132,25 +137,21 @@ def memory_limit(planned: Planned, threads: int) -> int:
     return min(threads * max(costs, default=0), 3 * 4 * planned.largest + _MARGIN)
 
 
-def _work(planned: Planned, part: Sequence[Shard], threads: int, *, join: bool, quiet: bool) -> Timing:
-    """Check the values of what is to be done, then do it."""
+def _sources(job: Job, shards: Sequence[Shard]) -> tuple[list[str], int]:
+    """Names and bytes of all that shards are made of."""
+    names = [name for shard in shards for unit in shard.units for name in unit.sources]
+    return names, sum(job.source.info(name).nbytes for name in names)
+
+
+def _work(
+    planned: Planned, part: Sequence[Shard], threads: int, checked: tuple[int, float], quiet: bool
+) -> Timing:
+    """Quantize. `checked`: the bytes and seconds of the check before."""
     job = planned.job
-    check_start(job, join=join)
-    left = [shard for shard in part if read_record(job.partial, shard.name) is None]
-    _check_disk(job, left)
-    names = [name for shard in left for unit in shard.units for name in unit.sources]
-    nbytes = sum(job.source.info(name).nbytes for name in names)
-    total = sum(
-        job.source.info(name).nbytes for shard in part for unit in shard.units for name in unit.sources
-    )
+    copy_rate = _copy_rate(job)
     with byte_progress(quiet) as progress:
+        task = progress.add_task("quantizing", total=_sources(job, part)[1])
         begin = time.perf_counter()
-        _check_values(job, names, threads, progress, nbytes)
-        checked = time.perf_counter()
-        start(job, join=join)
-        copy_rate = _copy_rate(job)
-        task = progress.add_task("quantizing", total=total)
-        begin_work = time.perf_counter()
         run(
             job,
             part,
@@ -158,7 +159,19 @@ def _work(planned: Planned, part: Sequence[Shard], threads: int, *, join: bool, 
             memory=memory_limit(planned, threads),
             advance=lambda count: progress.update(task, advance=count),
         )
-        return Timing(nbytes, checked - begin, time.perf_counter() - begin_work, copy_rate)
+        return Timing(*checked, time.perf_counter() - begin, copy_rate)
+
+
+def _check(planned: Planned, part: Sequence[Shard], threads: int, quiet: bool) -> tuple[int, float]:
+    """Room on the disk, and no NaN or infinity in what is to be done: (bytes, seconds)."""
+    job = planned.job
+    left = [shard for shard in part if read_record(job.partial, shard.name) is None]
+    _check_disk(job, left)
+    names, nbytes = _sources(job, left)
+    begin = time.perf_counter()
+    with byte_progress(quiet) as progress:
+        _check_values(job, names, threads, progress, nbytes)
+    return nbytes, time.perf_counter() - begin
 
 
 def _check_values(job: Job, names: Sequence[str], threads: int, progress: Progress, nbytes: int) -> None:
@@ -192,7 +205,7 @@ def _check_disk(job: Job, left: Sequence[Shard]) -> None:
 
 def _copy_rate(job: Job) -> float:
     """Bytes/s of copying the source's files, or their beginning, to where the result goes."""
-    target = job.partial / ".job" / f"copy.{os.getpid()}.tmp"
+    target = job.partial / ".job" / f"copy.{secrets.token_hex(8)}.tmp"
     copied, begin = 0, time.perf_counter()
     try:
         with target.open("xb") as output:
@@ -210,21 +223,19 @@ def _copy_rate(job: Job) -> float:
 
 
 @contextmanager
-def _explained(job: Job, *, keep: bool, finishing: bool = False) -> Iterator[None]:
-    """Say what is left when work ends early, and remove it where it is of no use."""
+def _explained(job: Job) -> Iterator[None]:
+    """Say what is left when work ends early."""
     try:
         yield
     except BaseException as error:
         done = sum(read_record(job.partial, shard.name) is not None for shard in job.shards)
-        if not done and not keep:
-            shutil.rmtree(job.partial, ignore_errors=True)
         hint = "nothing was written"
         if done:
             hint = (
                 f"{done} of {len(job.shards)} shards are finished and kept in {job.partial}; the same "
                 "command with --resume goes on"
             )
-        elif finishing and not (job.partial / ".job").exists():
+        elif (job.out / ".job").exists():
             hint = f"{job.out} is complete; what it replaced may be left beside it"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(error.errno, f"{error.strerror}. Make room; {hint}") from error

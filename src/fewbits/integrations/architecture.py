@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,17 +25,26 @@ _DROPPED = re.compile(
     r"auto_map|custom_pipelines|_?(attn|experts)_implementation(_internal|_autoset)?|_?use_kernels|_?kernel_config"
     r"|use_pretrained_backbone|fusion_config|transformers_weights|_name_or_path|name_or_path"
 )
-_TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_MAX_COUNT = 2**20
+_MAX_DEPTH = 20
+_MODULES = 10**6
+_TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
+}  # what a model can be built in
 
 
-def empty_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def empty_model(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, tensors: int | None = None
+) -> PreTrainedModel:
     """The model that a config.json describes, on the meta device; no code is run or fetched because of it.
 
     Its class is the first of "architectures" (without one, the causal model of "model_type"). Parameters have
-    the config's dtype, or `dtype` where it names none. A "quantization_config" is left out. ValueError names
-    an architecture that this transformers does not have, or what is wrong with the config.
+    the config's dtype, or `dtype` where it names none. A "quantization_config" is left out. `tensors`: how
+    many the checkpoint has; a config that makes far more of them is refused before it takes all memory.
+    ValueError names an architecture that this transformers does not have, or what is wrong with the config.
     """
     cleaned = clean_config(config)
+    _check_counts(cleaned)
     cleaned.pop("quantization_config", None)
     model_type = cleaned.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -42,7 +53,7 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
             "not know; upgrade transformers. Code that comes with a model is never run"
         )
     try:
-        with _offline():
+        with _offline(), _at_most(_MODULES if tensors is None else 20 * tensors + 10_000):
             settings = CONFIG_MAPPING[model_type].from_dict(_with_floats(cleaned))
             with torch.device("meta"):
                 model: PreTrainedModel = _model_class(config, settings)._from_config(
@@ -58,10 +69,15 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -
     return model.eval()
 
 
-def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without the keys that name code, kernels or downloads, at every depth."""
+def clean_config(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """`config` without the keys that name code, kernels or downloads, at every depth.
+
+    ValueError for one that is nested deeper than any model's.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"config.json is nested deeper than {_MAX_DEPTH} levels; the file is damaged")
     return {
-        key: clean_config(value) if isinstance(value, Mapping) else value
+        key: clean_config(value, depth + 1) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if not _DROPPED.fullmatch(key)
     }
@@ -81,10 +97,16 @@ def _with_floats(value: Any) -> Any:
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a config.json says its weights have ("dtype", formerly "torch_dtype"), if it says
-    one."""
+    """The dtype that a config.json says its weights have ("dtype", formerly "torch_dtype"), if it says one.
+
+    ValueError for one that no model is built in.
+    """
     name = config.get("dtype") or config.get("torch_dtype")
-    return _TORCH_DTYPES.get(str(name).removeprefix("torch."))
+    if name is None:
+        return None
+    if str(name).removeprefix("torch.") not in _TORCH_DTYPES:
+        raise ValueError(f"config.json has dtype {name!r}; models are in {', '.join(_TORCH_DTYPES)}")
+    return _TORCH_DTYPES[str(name).removeprefix("torch.")]
 
 
 def _model_class(config: Mapping[str, Any], settings: Any) -> Any:
@@ -98,12 +120,43 @@ def _model_class(config: Mapping[str, Any], settings: Any) -> Any:
             else modeling_auto.MODEL_MAPPING[type(settings)]
         )
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or getattr(found, "config_class", None) is None:  # as bases have none
         raise ValueError(
             f"config.json names the architecture {name!r}, which transformers {transformers.__version__} "
             "does not have; upgrade transformers. Code that comes with a model is never run"
         )
     return found
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """ValueError for counts of layers, heads or labels that no model has."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        elif type(value) is int and value > _MAX_COUNT and re.match(r"num_|n_", key):
+            raise ValueError(f"config.json has {key} {value}, which no model has; the file is damaged")
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Inside, ValueError as soon as more than so many modules are made."""
+    left = modules
+
+    def count(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(
+                f"config.json describes a model of more than {modules} modules, far more than the checkpoint "
+                "has tensors; the config belongs to another model"
+            )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -136,6 +136,30 @@ def drop_readers(model: Any) -> None:
         ]
 
 
+def keep_codes_together(model: Any) -> None:
+    """Forget the conversions that saving would revert on codes, fusing those of q, k and v for instance.
+
+    Quantized layers are saved under the names of the model, which the loader knows as well.
+    """
+    parts = [
+        f"{name}.{part}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantModule)
+        for weight in layer.weights()
+        for part in layer.part_names(weight).values()
+    ]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [one for one in conversions if not _would_revert(one, parts)]
+
+
+def _would_revert(conversion: Any, names: list[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    reverse = conversion.reverse_transform()
+    return any(reverse.rename_source_key(name)[1] is not None for name in names)
+
+
 def _single(value: Any) -> Tensor:
     """Tensors come alone or in lists of one."""
     tensor: Tensor = value[0] if isinstance(value, list) else value

@@ -11,13 +11,16 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -33,6 +36,7 @@ from fewbits.checkpoint.job import Made, Unit
 from fewbits.checkpoint.safetensors import TORCH_DTYPES, CheckpointError
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.integrations.architecture import clean_config, empty_model
+from fewbits.integrations.conversion import keep_codes_together
 from fewbits.integrations.transformers import FewbitsQuantizer
 from fewbits.nn import QuantModule
 from fewbits.report import Report, report
@@ -46,7 +50,8 @@ class Plan:
     """What becomes of a checkpoint.
 
     units: in the order of the new files; config: the new config.json; report: every weight of the result;
-    largest: elements of the largest tensor of the model; modules: names of all its modules.
+    largest: elements of the largest tensor, experts counted one by one; modules: names of the modules that
+    could be quantized.
     """
 
     units: tuple[Unit, ...]
@@ -71,12 +76,13 @@ def plan(
         raise CheckpointError(
             f"{folder.path} is quantized already ({method}); start from the original checkpoint"
         )
-    model = empty_model(folder.config, _first_dtype(folder))
+    model = empty_model(folder.config, _first_dtype(folder), len(folder.files))
     chosen = config if isinstance(config, BitsAndBytesConfig | FewbitsConfig) else config(model.dtype)
     groups = _groups(folder, model)
     _check_ties(folder, model, groups)
     quantizer = FewbitsQuantizer(chosen, pre_quantized=False)
     quantizer._process_model_before_weight_loading(model)
+    keep_codes_together(model)
     units = tuple(_units(folder, model, quantizer, groups))
     stored = json.loads(json.dumps(quantizer.quantization_config.to_dict(), default=str))
     new = clean_config(folder.config) | {
@@ -85,8 +91,9 @@ def plan(
         "quantization_config": stored,
     }
     new.pop("torch_dtype", None)
-    largest = max((group.elements for group in groups), default=0)
-    modules = tuple(name for name, _ in model.named_modules())
+    largest = max((piece.elements for group in groups for piece in group.pieces()), default=0)
+    leaves = (QuantModule, nn.Linear, nn.Embedding)
+    modules = tuple(name for name, one in model.named_modules() if isinstance(one, leaves))
     return Plan(units, new, _report(model), largest, modules)
 
 
@@ -102,6 +109,24 @@ class _Group:
     targets: Mapping[str, tuple[str, str, torch.dtype]]
     elements: int
 
+    def pieces(self) -> list[_Group]:
+        """The same for each expert on its own, where the conversion stacks experts and does not mix them."""
+        operations = getattr(self.transform, "operations", ())
+        sources: dict[str, list[str]] = {}
+        for source, (_, pattern, _) in self.targets.items():
+            sources.setdefault(pattern, []).append(source)
+        counts = {len(names) for names in sources.values()}
+        if not operations or not all(_stacks_experts(one) for one in operations) or len(counts) != 1:
+            return [self]
+        return [
+            replace(
+                self,
+                targets={source: self.targets[source] for source in experts},
+                elements=self.elements // len(sources[self.targets[experts[0]][1]]),
+            )
+            for experts in zip(*sources.values(), strict=True)
+        ]
+
     def convert(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name in the model → tensor."""
         transform = copy.deepcopy(self.transform)
@@ -110,6 +135,18 @@ class _Group:
             transform.add_tensor(target, source, pattern, lambda tensor=tensor, dtype=dtype: tensor.to(dtype))
         converted = transform.convert(self.first, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _stacks_experts(operation: Any) -> bool:
+    """Whether an operation of a conversion leaves what belongs to one expert, the first dimension, to
+    itself."""
+    if isinstance(operation, MergeModulelist):
+        return bool(operation.dim == 0)
+    if isinstance(operation, Concatenate):
+        return bool(operation.dim > 0)
+    if isinstance(operation, Transpose) and not operation.check_dims:  # which looks at whole shapes
+        return bool(min(operation.dim0, operation.dim1) > 0)
+    return False
 
 
 def _groups(folder: Folder, model: Any) -> list[_Group]:
@@ -248,11 +285,15 @@ def _units(folder: Folder, model: Any, quantizer: FewbitsQuantizer, groups: list
         work = _Work(model, quantizer, group, renamed)
         empty = work.outputs(_empty_sources(folder, group))
         outputs = {name: (_SPELLINGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in empty.items()}
-        cost = _cost(folder, group)
-        if work.quantizes(group.first):  # the result, and that decoded again for its error
-            cost += sum(tensor.nbytes for tensor in empty.values()) + _cast_bytes(folder, group)
         opened = frozenset(name for name in outputs if schema.has_open_length(name))
-        yield Unit(tuple(group.targets), outputs, work.make, cost, opened)
+        pieces = group.pieces() if work.quantizes(group.first) else [group]
+        for index, piece in enumerate(pieces):
+            part = replace(work, group=piece)
+            cost = _cost(folder, piece)
+            if work.quantizes(group.first):  # the result, and that decoded again for its error
+                cost += sum(tensor.nbytes for tensor in empty.values()) // len(pieces)
+                cost += _cast_bytes(folder, piece)
+            yield Unit(tuple(piece.targets), outputs, part.make, cost, opened, (index, len(pieces)))
 
 
 def _cost(folder: Folder, group: _Group) -> int:
@@ -281,10 +322,10 @@ class _Work:
     renamed: Mapping[str, str]
 
     def make(self, tensors: Mapping[str, Tensor]) -> Made:
-        errors: dict[str, float] = {}
+        squares: dict[str, tuple[float, float]] = {}
         with torch.inference_mode():
-            made = self.outputs(tensors, errors)
-        return Made(made, errors)
+            made = self.outputs(tensors, squares)
+        return Made(made, squares)
 
     def quantizes(self, target: str) -> bool:
         """Whether a tensor of the model is to be quantized."""
@@ -293,10 +334,9 @@ class _Work:
         return isinstance(layer, QuantModule) and weight in layer.weights()
 
     def outputs(
-        self, tensors: Mapping[str, Tensor], errors: dict[str, float] | None = None
+        self, tensors: Mapping[str, Tensor], squares: dict[str, tuple[float, float]] | None = None
     ) -> dict[str, Tensor]:
-        """Name in the new files → tensor; of meta tensors, their shapes. Notes relative errors in
-        `errors`."""
+        """Name in the new files → tensor; of meta tensors, their shapes. Notes errors in `squares`."""
         result: dict[str, Tensor] = {}
         for target, value in self.group.convert(self.model, tensors).items():
             name = self.renamed.get(target, target)
@@ -308,9 +348,9 @@ class _Work:
             if value.is_meta:
                 quantized = [_empty(layer, weight) for _ in layer.matrices(value)]
             else:
-                quantized = placing.quantized(layer, weight, value, name)
-                if errors is not None:
-                    errors[name] = layer.relative_errors[weight]
+                quantized, error, total = placing.quantized(layer, weight, value, name)
+                if squares is not None:
+                    squares[name] = (error, total)
             if self.quantizer.in_bitsandbytes_files:
                 stored = schema.to_file(quantized[0], layer.scheme.storage_dtype)
             else:

@@ -255,11 +255,12 @@ class FewbitsQuantizer(HfQuantizer):
     # --- after loading ------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from fewbits.integrations.conversion import drop_readers
+        from fewbits.integrations.conversion import drop_readers, keep_codes_together
 
         if self.failure is not None:
             raise ValueError(f"cannot load this model: {self.failure}") from self.failure
         drop_readers(model)
+        keep_codes_together(model)
         self._initialize_missing(model)
         for _, layer in _quantized(model):
             for weight in layer.weights():
@@ -380,7 +381,7 @@ def _names_in_files(name: str, prefix: str) -> tuple[str, ...]:
 def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
     """Name in the model → (dtype, shape) of all tensors in safetensors files, from their headers.
 
-    Names go the way that the loader sends them. Empty when that way splits tensors, whose further names it
+    Names go the way that the loader sends them. Empty when that way splits a tensor, whose further names it
     does not tell. ValueError, naming the file, for one that is cut off or none at all.
     """
     from safetensors import SafetensorError, safe_open
@@ -390,8 +391,12 @@ def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    if any(len(converter.target_patterns) > 1 for converter in converters):
-        return {}
+    splitting = {
+        pattern
+        for converter in converters
+        if len(converter.target_patterns) > 1
+        for pattern in converter.source_patterns
+    }
     known, prefix = model.state_dict(), model.base_model_prefix
     keys: dict[str, _Header] = {}
     for file in files:
@@ -400,7 +405,9 @@ def _header_keys(model: Any, files: Iterable[str]) -> dict[str, _Header]:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in list(opened.keys()):
-                    renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+                    renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+                    if pattern in splitting:
+                        return {}
                     header = opened.get_slice(name)
                     keys[renamed] = (header.get_dtype(), tuple(header.get_shape()))
         except SafetensorError as error:

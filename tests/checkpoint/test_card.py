@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_any_name_gives_valid_front_matter(name: str) -> None:
         "method": "fewbits",
         "weights": [],
         "parameters": 0,
+        "source_bytes": 1,
         "command": "fewbits quantize a b",
         "architecture": "LlamaForCausalLM",
         "versions": {"fewbits": "1"},
@@ -70,3 +72,4 @@ def test_any_name_gives_valid_front_matter(name: str) -> None:
     _, front, _ = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == name
     assert yaml.safe_load(front)["license"] == "mit"
+    ast.parse(card.split("```python\n")[1].split("```")[0])

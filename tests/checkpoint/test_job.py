@@ -62,13 +62,13 @@ def new_job(source: Path, out: Path, shards: int = 4, **changes: Any) -> Job:
                 "quantized": True,
                 "reason": "",
                 "nbytes": 4096,
-                "original_bytes": 8192,
             }
             for name in folder.files
         ],
         "parameters": 2048 * COUNT,
         "card": {"license": "mit"},
         "carried": {},
+        "source_bytes": 8192 * COUNT,
         "base_model": "org/base",
         "name": out.name,
         "method": "fewbits",

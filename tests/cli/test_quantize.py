@@ -130,7 +130,18 @@ class TestGoodUse:
         assert done.returncode == 0, done.stderr
         card = (tmp_path / "out" / "README.md").read_text()
         assert card.startswith("---\nbase_model: org/tales\nbase_model_relation: quantized\n")
-        assert f"fewbits quantize {demo_model} out --max-shard-size 5000000000 --base-model org/tales" in card
+        command = "fewbits quantize --format nf4:g64:dq --max-shard-size 5000000000"
+        assert f"{command} --base-model=org/tales model out\n" in card
+        other = inside(
+            "quantize",
+            f"{demo_model}/",
+            tmp_path / "b" / "out",
+            "--format",
+            "nf4:g64:dq",
+            "--base-model=org/tales",
+        )
+        assert other.returncode == 0, other.stderr
+        assert contents(tmp_path / "b" / "out") == contents(tmp_path / "out")
         about = json.loads((tmp_path / "out" / "fewbits.json").read_text())
         errors = {entry["name"]: entry["relative_error"] for entry in about["weights"] if entry["quantized"]}
         assert len(errors) == 28

@@ -65,6 +65,7 @@ def stream(
         "shards": [[shard.name, shard.size] for shard in shards],
         "weights": [],
         "carried": {},
+        "source_bytes": 1,
         "parameters": 0,
         "card": {},
         "base_model": "x",

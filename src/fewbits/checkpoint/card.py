@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         **facts,
     }
     weights = about["weights"]
-    original, stored = sum(w["original_bytes"] for w in weights), sum(w["nbytes"] for w in weights)
+    original, stored = about["source_bytes"], sum(w["nbytes"] for w in weights)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -115,8 +116,9 @@ def _snippet(about: Mapping[str, Any]) -> str:
         if own
         else "\n# bitsandbytes loads it, and so does `import fewbits` where that package is not installed"
     )
+    name = json.dumps(about["name"])
     return (
         f"{first}from transformers import AutoTokenizer, {about['architecture']}\n{note}\n"
-        f'model = {about["architecture"]}.from_pretrained("{about["name"]}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{about["name"]}")'
+        f"model = {about['architecture']}.from_pretrained({name})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name})"
     )

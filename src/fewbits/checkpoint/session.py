@@ -20,7 +20,18 @@ from fewbits.checkpoint.safetensors import CheckpointError
 DESCRIPTION = "job.json"
 
 _MAX_STATE = 10**9  # bytes of a description or record
-_KEYS = {"shards", "weights", "parameters", "card", "carried", "base_model", "name", "method", "command"}
+_KEYS = {
+    "shards",
+    "weights",
+    "parameters",
+    "card",
+    "carried",
+    "source_bytes",
+    "base_model",
+    "name",
+    "method",
+    "command",
+}
 
 
 def check_start(job: Job, *, join: bool) -> None:

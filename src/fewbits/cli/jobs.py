@@ -20,6 +20,7 @@ from fewbits.checkpoint.files import file_hash
 from fewbits.checkpoint.finish import carried
 from fewbits.checkpoint.folder import Folder, checked_file, open_folder
 from fewbits.checkpoint.job import Job, Shard, partial_folder, split
+from fewbits.checkpoint.safetensors import shown
 from fewbits.cli.common import find_model
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Scheme
@@ -48,17 +49,25 @@ class Request:
     max_shard_bytes: int
     base_model: str | None
 
-    @property
-    def command(self) -> str:
-        """The command that makes the result, in one spelling however it was given."""
-        words = ["fewbits", "quantize", self.source, self.out.name]
-        words += ["--format", self.format] if self.format is not None else []
-        words += ["--int8"] * self.int8
-        words += ["--config", self.config.name] if self.config is not None else []
+    def command(self, source: str) -> str:
+        """The command that makes the result from the model called `source`: one spelling, however it was
+        given, and no path of this machine."""
+        words = ["fewbits", "quantize"]
+        if self.config is not None:
+            words += ["--config", self.config.name]
+        else:
+            words += ["--int8"] if self.int8 else ["--format", self.spelling]
         words += [word for one in self.sets for word in ("--set", one)]
         words += ["--max-shard-size", str(self.max_shard_bytes)]
-        words += ["--base-model", self.base_model] if self.base_model is not None else []
-        return shlex.join(words)
+        words += [f"--base-model={self.base_model}"] if self.base_model is not None else []
+        names = [source, self.out.name]
+        words += ["--"] * any(name.startswith("-") for name in names)
+        return shlex.join(shown(word) for word in (*words, *names))
+
+    @property
+    def spelling(self) -> str:
+        """The Scheme of all linear layers, in its one spelling."""
+        return str(Scheme.parse(DEFAULT_FORMAT if self.format is None else self.format))
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,7 @@ def chosen_config(request: Request) -> Config | Callable[[torch.dtype], Config]:
     if len(sets) < len(request.sets):
         raise ValueError("--set names a pattern twice; give each pattern once")
     skips = [pattern for pattern, entry in sets.items() if entry == "skip"]
-    given = DEFAULT_FORMAT if request.format is None else request.format
-    format = "int8:row@int8:t6" if request.int8 else str(Scheme.parse(given))
+    format = "int8:row@int8:t6" if request.int8 else request.spelling
     if len(skips) < len(sets) or not (request.int8 or format in _BITSANDBYTES_FORMATS):
         return FewbitsConfig(format, modules=sets)
     skip_list = skips or None
@@ -197,16 +205,14 @@ def _identity(
 ) -> dict[str, Any]:
     card = folder.path / "README.md"
     facts = inherited(checked_file(folder.path, card.name)) if card.is_file() else {}
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", request.source) and not Path(request.source).exists()
-    name = request.source if is_id else folder.path.name
-    itemsize = getattr(torch, plan.config["dtype"]).itemsize
+    name = folder.path.name if Path(request.source).is_dir() else request.source  # a model id
     return {
         "name": request.out.name,
         "base_model": request.base_model or name,
         "architecture": plan.config["architectures"][0],
         "method": plan.config["quantization_config"]["quant_method"],
         "quantization_config": plan.config["quantization_config"],
-        "command": request.command,
+        "command": request.command(name),
         "versions": {
             "fewbits": fewbits.__version__,
             **{package: version(package) for package in ("torch", "transformers")},
@@ -215,13 +221,14 @@ def _identity(
         "config_sha256": file_hash(folder.path / "config.json"),
         "carried": {file: file_hash(path) for file, path in copies.items()},
         "parameters": sum(entry.count for entry in plan.report.entries),
-        "weights": [_weight(entry, itemsize) for entry in plan.report.entries],
+        "source_bytes": folder.nbytes,
+        "weights": [_weight(entry) for entry in plan.report.entries],
         "shards": [[shard.name, shard.size] for shard in shards],
         "card": facts,
     }
 
 
-def _weight(entry: Entry, itemsize: int) -> dict[str, Any]:
+def _weight(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.name,
         "shape": list(entry.shape),
@@ -230,7 +237,6 @@ def _weight(entry: Entry, itemsize: int) -> dict[str, Any]:
         "quantized": entry.quantized,
         "reason": entry.reason,
         "nbytes": entry.nbytes,
-        "original_bytes": entry.count * itemsize if entry.quantized else entry.nbytes,
     }
 
 

@@ -128,9 +128,12 @@ def test_other_dtypes(
 ) -> None:
     """T5 keeps some layers in float32 when the rest is float16."""
     source = checkpoint(kind, dtype)
-    on_the_fly(source, tmp_path / "fly", CONFIGS["int4"], load)
-    stream(source, tmp_path / "out", CONFIGS["int4"])
+    model = on_the_fly(source, tmp_path / "fly", CONFIGS["int4"], load)
+    plan = stream(source, tmp_path / "out", CONFIGS["int4"])
     same_tensors(tmp_path / "fly", tmp_path / "out")
+    assert [(entry.name, entry.stored, entry.nbytes) for entry in plan.report.entries] == [
+        (entry.name, entry.stored, entry.nbytes) for entry in fewbits.report(model).entries
+    ]
 
 
 def test_weights_are_cast_to_the_dtype_of_the_config_first(
@@ -430,6 +433,18 @@ def test_a_config_that_would_take_all_memory_or_means_nothing(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan(with_config(checkpoint("llama"), tmp_path / "x", **changes))
+
+
+def test_what_other_packages_would_load_is_refused_or_left_out(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    inner = {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "evil.pth"}}
+    with pytest.raises(ValueError, match="timm package"):
+        plan(with_config(checkpoint("llama"), tmp_path / "x", vision_config=inner))
+    options = {"extra": [{"checkpoint_path": "evil.pth", "kept": 1}], "backbone_kwargs": {"a": 1}}
+    found = plan(with_config(checkpoint("llama"), tmp_path / "y", **options))
+    assert found.config["extra"] == [{"kept": 1}]
+    assert "backbone_kwargs" not in found.config
 
 
 def test_a_config_nested_without_end(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 _DROPPED = re.compile(
     r"auto_map|custom_pipelines|_?(attn|experts)_implementation(_internal|_autoset)?|_?use_kernels|_?kernel_config"
     r"|use_pretrained_backbone|fusion_config|transformers_weights|_name_or_path|name_or_path"
+    r"|use_timm_backbone|backbone_kwargs|model_args|pretrained_cfg|checkpoint_path|detectron2_.*"
 )
 _MAX_COUNT = 2**20
 _MAX_DEPTH = 20
@@ -69,18 +70,26 @@ def empty_model(
     return model.eval()
 
 
-def clean_config(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+def clean_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without the keys that name code, kernels or downloads, at every depth.
 
-    ValueError for one that is nested deeper than any model's.
+    ValueError for one that is nested deeper than any model's, or whose model is made by another package
+    (timm), which may load what it likes.
     """
+    cleaned: dict[str, Any] = _clean(config, 0)
+    return cleaned
+
+
+def _clean(value: Any, depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise ValueError(f"config.json is nested deeper than {_MAX_DEPTH} levels; the file is damaged")
-    return {
-        key: clean_config(value, depth + 1) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not _DROPPED.fullmatch(key)
-    }
+    if isinstance(value, list):
+        return [_clean(item, depth + 1) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if str(value.get("model_type")).startswith("timm"):
+        raise ValueError("config.json has a model of the timm package in it, which is not supported")
+    return {key: _clean(item, depth + 1) for key, item in value.items() if not _DROPPED.fullmatch(key)}
 
 
 def _with_floats(value: Any) -> Any:

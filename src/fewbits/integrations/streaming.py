@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -279,10 +279,14 @@ def _units(folder: Folder, model: Any, quantizer: FewbitsQuantizer, groups: list
     ties = dict(model.all_tied_weights_keys)
     present = {group.first for group in groups}
     renamed = {target: source for target, source in ties.items() if source not in present}
-    for group in sorted(groups, key=lambda group: order.get(group.first, len(order))):
-        if group.first in ties and group.first not in renamed:
-            continue  # stored under the name of its source
-        work = _Work(model, quantizer, group, renamed)
+    stored = [group for group in groups if group.first not in ties or group.first in renamed]
+    works = [
+        _Work(model, quantizer, group, renamed)
+        for group in sorted(stored, key=lambda group: order.get(group.first, len(order)))
+    ]
+    names = _file_names(folder, model, works)
+    for work in works:
+        group, work = work.group, replace(work, names=names)
         empty = work.outputs(_empty_sources(folder, group))
         outputs = {name: (_SPELLINGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in empty.items()}
         opened = frozenset(name for name in outputs if schema.has_open_length(name))
@@ -294,6 +298,30 @@ def _units(folder: Folder, model: Any, quantizer: FewbitsQuantizer, groups: list
                 cost += sum(tensor.nbytes for tensor in empty.values()) // len(pieces)
                 cost += _cast_bytes(folder, piece)
             yield Unit(tuple(piece.targets), outputs, part.make, cost, opened, (index, len(pieces)))
+
+
+def _file_names(folder: Folder, model: Any, works: list[_Work]) -> dict[str, str]:
+    """Name in the model → name in the files, of all tensors that are only renamed.
+
+    Names are reverted for the whole model at once, as saving does: some rules look at several. ValueError
+    where what is converted, too, would come out otherwise unit by unit.
+    """
+    whole: dict[str, Tensor] = {}
+    for work in works:
+        whole |= work.tensors(_empty_sources(folder, work.group))
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, whole)
+    by_identity = {id(tensor): name for name, tensor in reverted.items()}
+    names = {name: by_identity[id(tensor)] for name, tensor in whole.items() if id(tensor) in by_identity}
+    apart: set[str] = set()
+    for work in works:
+        apart |= set(replace(work, names=names).outputs(_empty_sources(folder, work.group)))
+    if apart != set(reverted):
+        odd = min(apart ^ set(reverted))
+        raise ValueError(
+            f"the files of {type(model).__name__} cannot be written one tensor at a time ({odd}); quantize "
+            "it while loading, and save_pretrained it"
+        )
+    return names
 
 
 def _cost(folder: Folder, group: _Group) -> int:
@@ -320,6 +348,7 @@ class _Work:
     quantizer: FewbitsQuantizer
     group: _Group
     renamed: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def make(self, tensors: Mapping[str, Tensor]) -> Made:
         squares: dict[str, tuple[float, float]] = {}
@@ -337,6 +366,15 @@ class _Work:
         self, tensors: Mapping[str, Tensor], squares: dict[str, tuple[float, float]] | None = None
     ) -> dict[str, Tensor]:
         """Name in the new files → tensor; of meta tensors, their shapes. Notes errors in `squares`."""
+        made = self.tensors(tensors, squares)
+        result = {self.names[name]: tensor for name, tensor in made.items() if name in self.names}
+        rest = {name: tensor for name, tensor in made.items() if name not in self.names}
+        return result | revert_weight_conversion(self.model, rest) if rest else result
+
+    def tensors(
+        self, tensors: Mapping[str, Tensor], squares: dict[str, tuple[float, float]] | None = None
+    ) -> dict[str, Tensor]:
+        """As `outputs`, under the names that the model gives them."""
         result: dict[str, Tensor] = {}
         for target, value in self.group.convert(self.model, tensors).items():
             name = self.renamed.get(target, target)
@@ -356,8 +394,7 @@ class _Work:
             else:
                 stored = layer.stored(weight, quantized)
             result |= {f"{path}.{key}": tensor for key, tensor in stored.items()}
-        reverted: dict[str, Tensor] = revert_weight_conversion(self.model, result)
-        return reverted
+        return result
 
 
 def _empty(layer: QuantModule, weight: str) -> QuantizedTensor:
@@ -378,7 +415,13 @@ def _first_dtype(folder: Folder) -> torch.dtype:
 
 def _report(model: Any) -> Report:
     """The report of the result, where layers do not wait for weights any more."""
+    casts = _Casts(model)
     model = copy.deepcopy(model)  # the conversions of transformers ask for what waits
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_floating_point() and casts.dtype(name, parameter) != parameter.dtype:
+            path, _, last = name.rpartition(".")
+            kept = nn.Parameter(parameter.to(casts.dtype(name, parameter)), requires_grad=False)
+            model.get_submodule(path).register_parameter(last, kept)
     for _, layer in model.named_modules():
         if isinstance(layer, QuantModule):
             for weight in layer.weights():

@@ -354,6 +354,35 @@ class TestWorkers:
         session.discard(work.partial)
         assert not work.partial.exists()
 
+    def test_a_worker_that_ends_early_leaves_the_others_their_work(
+        self, source: Path, tmp_path: Path
+    ) -> None:
+        first = new_job(source, tmp_path / "out", make=stopping(0))
+        second = new_job(source, tmp_path / "out")
+        with session.session(second, "worker-2-of-2", join=True):
+            with pytest.raises(Stop), session.session(first, "worker-1-of-2", join=True):
+                work_on.run(first, first.shards[0::2], threads=1, memory=1, advance=lambda _: None)
+            work_on.run(second, second.shards[1::2], threads=1, memory=1, advance=lambda _: None)
+            with pytest.raises(BlockingIOError, match="still writing"):
+                session.check_idle(second.partial)
+        with session.session(second, "worker-1-of-2", join=True):
+            work_on.run(second, second.shards[0::2], threads=1, memory=1, advance=lambda _: None)
+        finish.finish(second.out, overwrite=False)
+
+    def test_nobody_starts_while_the_job_is_finished(self, source: Path, tmp_path: Path) -> None:
+        work = new_job(source, tmp_path / "out")
+        start(work, join=True)
+        with session.hold(work.partial, session.FINALIZE), pytest.raises(BlockingIOError):
+            start(work, join=True)
+
+    def test_the_slower_of_two_with_other_arguments_is_refused(self, source: Path, tmp_path: Path) -> None:
+        one, other = new_job(source, tmp_path / "out"), new_job(source, tmp_path / "out", base_model="b")
+        with (
+            session.session(one, "worker-1-of-2", join=True),
+            pytest.raises(CheckpointError, match="base_model"),
+        ):
+            start(other, join=True)
+
 
 class TestFinish:
     def test_without_a_job(self, tmp_path: Path) -> None:

@@ -59,6 +59,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def create_atomically(path: Path, content: bytes) -> bool:
+    """Write a file that is not there yet; False, and nothing done, where another process was faster."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def copy_atomically(source: Path, path: Path) -> None:
     """Copy a file so that the copy is there whole or not at all."""
     with source.open("rb") as original, _replaced(path) as file:

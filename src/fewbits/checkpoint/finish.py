@@ -160,11 +160,10 @@ def _json(value: Any) -> str:
 
 def _rename(partial: Path, out: Path) -> None:
     """`partial` becomes `out`; an `out` that is there goes, but never before the new one is in its place."""
-    old: Path | None = None
-    if out.exists() and exchange(partial, out):
-        old = partial
-    elif out.exists():
-        old = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
+    old = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}") if out.exists() else None
+    if old is not None and exchange(partial, out):
+        partial.rename(old)
+    elif old is not None:
         out.rename(old)
         try:
             partial.rename(out)

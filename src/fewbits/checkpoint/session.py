@@ -12,12 +12,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fewbits.checkpoint.files import copy_atomically, file_hash, write_atomically
+from fewbits.checkpoint.files import copy_atomically, create_atomically, file_hash, write_atomically
 from fewbits.checkpoint.folder import read_json
 from fewbits.checkpoint.job import Job
 from fewbits.checkpoint.safetensors import CheckpointError
 
 DESCRIPTION = "job.json"
+FINALIZE = "finalize"  # the part of a job that comes last
 
 _MAX_STATE = 10**9  # bytes of a description or record
 _KEYS = {
@@ -55,42 +56,52 @@ def session(job: Job, name: str, *, join: bool) -> Iterator[None]:
     """Make the partial folder (or with `join`, go on with it) and be the one who does the part `name` of the
     job.
 
-    Whatever ends it early: a folder that this session made, and in which no shard is finished, is removed.
-    Raises what `check_start` raises; BlockingIOError while another process does that part.
+    Whatever ends it early: without `join`, a folder in which no shard is finished is removed. Raises what
+    `check_start` raises; BlockingIOError while another process does that part, or finishes the job.
     """
-    made = _make_folder(job, join=join)
-    lock = FileLock(job.partial / ".job" / f"{name}.lock", thread_local=False)
+    _make_folder(job, join=join)
+    with hold(job.partial, name):
+        if name != FINALIZE:
+            with hold(job.partial, FINALIZE):
+                pass  # nobody is finishing it
+        try:
+            _describe(job)
+            yield
+        except BaseException:
+            if not join and not any(read_record(job.partial, shard.name) for shard in job.shards):
+                shutil.rmtree(job.partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def hold(partial: Path, name: str) -> Iterator[None]:
+    """Be the only process that does the part `name` of the job in `partial`; BlockingIOError if one is at
+    it."""
+    lock = FileLock(partial / ".job" / f"{name}.lock", thread_local=False)
     try:
-        with lock.acquire(timeout=0):
-            try:
-                _describe(job)
-                yield
-            except BaseException:
-                if made and not any(read_record(job.partial, shard.name) for shard in job.shards):
-                    shutil.rmtree(job.partial, ignore_errors=True)
-                raise
+        lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"another process does this part of {job.partial}; wait for it") from None
+        raise BlockingIOError(f"another process does this part of {partial}; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _make_folder(job: Job, *, join: bool) -> bool:
-    """Whether the partial folder was not there yet."""
+def _make_folder(job: Job, *, join: bool) -> None:
     job.partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         job.partial.mkdir()
-        made = True
     except FileExistsError:
         check_start(job, join=join)
-        made = False
     (job.partial / ".job").mkdir(exist_ok=True)
-    return made
 
 
 def _describe(job: Job) -> None:
     """Say in the partial folder what the job is, and put all files there that are no weights."""
     described = job.partial / ".job" / DESCRIPTION
-    if not described.exists():
-        write_atomically(described, json.dumps(job.identity, indent=2, sort_keys=True).encode())
+    if not create_atomically(described, json.dumps(job.identity, indent=2, sort_keys=True).encode()):
+        check_start(job, join=True)  # another worker was faster; is it at the same job?
     for name, text in job.texts.items():
         write_atomically(job.partial / name, text.encode())
     for name, original in job.copies.items():

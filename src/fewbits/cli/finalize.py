@@ -9,7 +9,7 @@ import typer
 
 from fewbits.checkpoint.finish import check_place, finish
 from fewbits.checkpoint.job import partial_folder
-from fewbits.checkpoint.session import check_idle, read_description
+from fewbits.checkpoint.session import FINALIZE, check_idle, hold, read_description
 from fewbits.cli.common import AsJson, Quiet, byte_progress, format_bytes, print_json, results
 
 
@@ -30,7 +30,7 @@ def finalize(
     partial = partial_folder(out)
     shards = read_description(partial)["shards"]
     check_idle(partial)
-    with byte_progress(quiet) as progress:
+    with hold(partial, FINALIZE), byte_progress(quiet) as progress:
         task = progress.add_task("checking hashes", total=sum(size for _, size in shards))
         finish(out, overwrite=overwrite, advance=lambda count: progress.update(task, advance=count))
     files = sorted(path.name for path in out.iterdir())

@@ -21,7 +21,7 @@ from fewbits.checkpoint.job import Job, split
 from fewbits.checkpoint.safetensors import CheckpointError
 from fewbits.checkpoint.session import session
 from fewbits.checkpoint.work import run
-from fewbits.integrations import streaming
+from fewbits.integrations import architecture, streaming
 
 from .conftest import KINDS
 
@@ -393,10 +393,10 @@ def test_what_is_fused_in_files_is_stored_layer_by_layer(
     name: str, options: str, load: Load, run: Run, same_tensors: Same, tmp_path: Path
 ) -> None:
     """Their files hold q, k and v in one tensor, which codes cannot be put together to."""
-    architecture, settings = _FUSED[name]
+    model_class, settings = _FUSED[name]
     config = getattr(transformers, f"{name}Config")(**_SMALL, **settings)
     torch.manual_seed(3)
-    model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    model = getattr(transformers, model_class)._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     assert any("Wqkv" in key for key in load_file(tmp_path / "source" / "model.safetensors"))
     fly = on_the_fly(tmp_path / "source", tmp_path / "fly", CONFIGS[options], load)
@@ -422,8 +422,10 @@ def test_experts_are_made_one_by_one(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 10**5}, "more than .* modules"),
-        ({"num_labels": 10**8}, "num_labels 100000000, which no model has"),
+        ({"num_hidden_layers": 10**5}, "100000 for num_hidden_layers, which no model has"),
+        ({"num_labels": 10**8}, "100000000 for num_labels, which no model has"),
+        ({"attention_types": [[["global"], 10**9]]}, "which no model has"),
+        ({"architectures": ["LlamaPreTrainedModel"]}, "has no weights"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
         ({"architectures": ["PreTrainedModel"]}, "architecture 'PreTrainedModel'"),
     ],
@@ -445,6 +447,19 @@ def test_what_other_packages_would_load_is_refused_or_left_out(
     found = plan(with_config(checkpoint("llama"), tmp_path / "y", **options))
     assert found.config["extra"] == [{"kept": 1}]
     assert "backbone_kwargs" not in found.config
+
+
+def test_a_config_of_too_many_modules() -> None:
+    with pytest.raises(ValueError, match="more than 3 modules"), architecture._at_most(3):
+        torch.nn.Sequential(*(torch.nn.Identity() for _ in range(4)))
+    torch.nn.Sequential(*(torch.nn.Identity() for _ in range(4)))
+
+
+def test_facts_beside_the_model_are_nobodys_business(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    facts = {"num_parameters": 7 * 10**9, "num_training_tokens": 10**13}
+    assert (
+        plan(with_config(checkpoint("llama"), tmp_path / "x", **facts)).config["num_parameters"] == 7 * 10**9
+    )
 
 
 def test_a_config_nested_without_end(checkpoint: Checkpoint, tmp_path: Path) -> None:

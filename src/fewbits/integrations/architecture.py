@@ -26,6 +26,8 @@ _DROPPED = re.compile(
     r"|use_pretrained_backbone|fusion_config|transformers_weights|_name_or_path|name_or_path"
     r"|use_timm_backbone|backbone_kwargs|model_args|pretrained_cfg|checkpoint_path|detectron2_.*"
 )
+_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|num_blocks|depth")
+_COUNTS = re.compile(rf"{_LAYERS.pattern}|num_labels|(num|n)_(\w+_)?experts")
 _MAX_COUNT = 2**20
 _MAX_DEPTH = 20
 _MODULES = 10**6
@@ -45,7 +47,7 @@ def empty_model(
     ValueError names an architecture that this transformers does not have, or what is wrong with the config.
     """
     cleaned = clean_config(config)
-    _check_counts(cleaned)
+    _check_counts(cleaned, tensors)
     cleaned.pop("quantization_config", None)
     model_type = cleaned.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -67,6 +69,8 @@ def empty_model(
         raise ValueError(
             f"config.json does not describe a {model_type} model: {type(error).__name__}: {what}"
         ) from error
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} in config.json has no weights; it is no whole architecture")
     return model.eval()
 
 
@@ -138,13 +142,18 @@ def _model_class(config: Mapping[str, Any], settings: Any) -> Any:
     return found
 
 
-def _check_counts(config: Mapping[str, Any]) -> None:
-    """ValueError for counts of layers, heads or labels that no model has."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_counts(value)
-        elif type(value) is int and value > _MAX_COUNT and re.match(r"num_|n_", key):
-            raise ValueError(f"config.json has {key} {value}, which no model has; the file is damaged")
+def _check_counts(value: Any, tensors: int | None, key: str = "") -> None:
+    """ValueError for counts that no model has: of layers, experts and labels, and in lists of whatever."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_counts(item, tensors, name)
+    elif isinstance(value, list):
+        for item in value:
+            _check_counts(item, tensors, "[]")
+    elif type(value) is int:
+        most = _MAX_COUNT if tensors is None or not _LAYERS.fullmatch(key) else tensors
+        if value > most and (key == "[]" or _COUNTS.fullmatch(key)):
+            raise ValueError(f"config.json has {value} for {key}, which no model has; the file is damaged")
 
 
 @contextmanager

@@ -17,10 +17,10 @@ def facts(text: str, tmp_path: Path) -> dict[str, object]:
 
 
 def test_licence_and_language_are_inherited(tmp_path: Path) -> None:
-    text = "license: apache-2.0\nlanguage: [en, de]\ntags: [x]\nmetrics: [y]\npipeline_tag: text-generation"
+    text = "license: apache-2.0\nlanguage: [en, no]\ntags: [x]\nmetrics: [y]\npipeline_tag: text-generation"
     assert facts(text, tmp_path) == {
         "license": "apache-2.0",
-        "language": ["en", "de"],
+        "language": ["en", "no"],
         "pipeline_tag": "text-generation",
     }
 
@@ -30,15 +30,13 @@ def test_licence_and_language_are_inherited(tmp_path: Path) -> None:
     [
         "license: {2020-01-01: x}",
         f"license: {'[' * 3000}{']' * 3000}",
-        "license: 2020-13-45",
         f"license: {'9' * 5000}",
         "datasets: &a [*a]",
         "a: &a [x, x]\nb: &b [*a, *a]\ndatasets: *b",
         'license: "\\ud800"',
         'license: "---\\nbase_model: evil\\n---"',
         "license: !!set {a, b, c}",
-        "license: !!timestamp foo",
-        "license: !!python/object/apply:os.system [true]",
+        "license: !!python/object/apply:os.system {command: true}",
         "license: \x1b[31mred",
         "license: [unclosed",
         "- a\n- list",

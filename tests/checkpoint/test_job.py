@@ -417,6 +417,7 @@ class TestFinish:
         work = new_job(source, tmp_path / "out")
         start(work, join=False)
         work_on.run(work, work.shards, threads=1, memory=1, advance=lambda _: None)
+        (work.partial / ".DS_Store").touch()
         (work.partial / "model.bin").write_text("evil")
         with pytest.raises(FileExistsError, match=r"model\.bin"):
             finish.finish(work.out, overwrite=False)

@@ -295,16 +295,16 @@ class TestRefused:
         before = contents(source)
         (tmp_path / "link").symlink_to(source)
         for out, message in (
-            (source, "exists"),
+            (source, "never replaced"),
             (source / "inside", "lies in the source"),
             (tmp_path / "link" / "inside", "lies in the source"),
             (tmp_path / "link", "is a link"),
         ):
             assert message in one_line(inside("quantize", source, out, cwd=tmp_path))
         for out, message in (
-            (source, "lies in the source"),
+            (source, "never replaced"),
             (tmp_path / "link", "is a link"),
-            (tmp_path, "more or less than a model"),
+            (tmp_path, "not what `fewbits quantize` made"),
             (source / "config.json" / "out", "is a file"),
             (Path("/"), "names no folder"),
         ):
@@ -343,11 +343,15 @@ class TestRefused:
     ) -> None:
         project = tmp_path / "project"
         (project / "src").mkdir(parents=True)
-        for name in ("config.json", "model.safetensors", "src/thesis.tex"):
+        for name in ("fewbits.json", "config.json", "model.safetensors", "src/thesis.tex"):
             (project / name).write_text("{}")
         line = one_line(inside("quantize", demo_model, "project", "--overwrite", cwd=tmp_path))
         assert "never replaced" in line
         assert (project / "src" / "thesis.tex").exists()
+        original = shutil.copytree(demo_model, tmp_path / "original")
+        assert "never replaced" in one_line(
+            inside("quantize", demo_model, original, "--overwrite", cwd=tmp_path)
+        )
 
     def test_an_existing_result_is_replaced_only_on_request(
         self, inside: Fewbits, demo_model: Path, tmp_path: Path

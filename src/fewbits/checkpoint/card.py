@@ -28,7 +28,7 @@ def inherited(card: Path) -> dict[str, Any]:
             found = _FRONT_MATTER.match(file.read(_MAX_CARD))
         if found is None or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(found[1])):
             return {}
-        facts = yaml.safe_load(found[1])
+        facts = yaml.load(found[1], yaml.BaseLoader)  # strings and lists of them; `no` stays a language
     except Exception:  # what a foreign text makes of a YAML reader; a card decides nothing
         return {}
     given = facts if isinstance(facts, dict) else {}

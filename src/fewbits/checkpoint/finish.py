@@ -75,7 +75,9 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
         if is_temporary(path.name):  # of a worker that was killed
             path.unlink()
     expected = {*records, *identity["carried"], *_MADE, ".job"}
-    if foreign := sorted(path.name for path in partial.iterdir() if path.name not in expected):
+    if foreign := sorted(
+        path.name for path in partial.iterdir() if path.name not in expected and path.name[0] != "."
+    ):
         raise FileExistsError(f"{partial} holds {foreign[0]!r}, which is no part of the result; remove it")
     if len(records) > 1:
         write_atomically(partial / INDEX, _index(partial, identity, list(records)).encode())
@@ -108,14 +110,12 @@ def check_place(out: Path) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose another place")
-    entries = list(out.iterdir())
-    is_model = any(entry.name == CONFIG for entry in entries) and any(
-        entry.suffix == ".safetensors" for entry in entries
-    )
-    if entries and (not is_model or any(entry.is_dir() and entry.name != ".job" for entry in entries)):
+    names = {entry.name for entry in out.iterdir()}
+    folders = {entry.name for entry in out.iterdir() if entry.is_dir()} - {".job"}
+    if names and (SIDE_FILE not in names or folders):
         raise FileExistsError(
-            f"{out} is more or less than a model (config.json and safetensors files, no folders), so it is "
-            "never replaced; choose another place"
+            f"{out} is not what `fewbits quantize` made ({SIDE_FILE} and no folders), so it is never "
+            "replaced; choose another place, or remove it by hand"
         )
 
 

@@ -59,18 +59,21 @@ def session(job: Job, name: str, *, join: bool) -> Iterator[None]:
     Whatever ends it early: without `join`, a folder in which no shard is finished is removed. Raises what
     `check_start` raises; BlockingIOError while another process does that part, or finishes the job.
     """
-    _make_folder(job, join=join)
-    with hold(job.partial, name):
-        if name != FINALIZE:
-            with hold(job.partial, FINALIZE):
-                pass  # nobody is finishing it
-        try:
+    is_new = not job.partial.exists() and not join
+    try:
+        _make_folder(job, join=join)
+        with hold(job.partial, name):
+            if name != FINALIZE:
+                with hold(job.partial, FINALIZE):
+                    pass  # nobody is finishing it
             _describe(job)
             yield
-        except BaseException:
-            if not join and not any(read_record(job.partial, shard.name) for shard in job.shards):
-                shutil.rmtree(job.partial, ignore_errors=True)
-            raise
+    except (FileExistsError, BlockingIOError):
+        raise
+    except BaseException:
+        if is_new and not any(read_record(job.partial, shard.name) for shard in job.shards):
+            discard(job.partial)
+        raise
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def _identity(
 ) -> dict[str, Any]:
     card = folder.path / "README.md"
     facts = inherited(checked_file(folder.path, card.name)) if card.is_file() else {}
-    name = folder.path.name if Path(request.source).is_dir() else request.source  # a model id
+    name = _name(folder.path) if Path(request.source).is_dir() else request.source  # a model id
     return {
         "name": request.out.name,
         "base_model": request.base_model or name,
@@ -226,6 +226,14 @@ def _identity(
         "shards": [[shard.name, shard.size] for shard in shards],
         "card": facts,
     }
+
+
+def _name(folder: Path) -> str:
+    """What a model in a folder is called; in the hub's cache, its id."""
+    model = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and model.startswith("models--"):
+        return model.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def _weight(entry: Entry) -> dict[str, Any]:

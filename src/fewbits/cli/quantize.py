@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -104,10 +105,9 @@ def quantize(
 
     Example: fewbits quantize demo/model demo-nf4 --format nf4:g64:dq
     """
+    _silence(quiet)
     if not dry_run:
-        check_place(out)
-        if out.exists() and not overwrite:
-            raise FileExistsError(f"{out} exists; --overwrite replaces it")
+        _check_place(out, overwrite)
     shard_bytes = parse_bytes(max_shard_size)
     planned = plan_job(Request(source, out, format, int8, config, tuple(sets or ()), shard_bytes, base_model))
     part = part_of(planned.job.shards, worker)
@@ -128,6 +128,17 @@ def quantize(
     if not quiet:
         _note(planned, timing, worker)
     _show_result(planned, part, timing, worker, threads, as_json)
+
+
+def _silence(quiet: bool) -> None:
+    for name in ("fewbits", "transformers") if quiet else ():
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    check_place(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; --overwrite replaces it")
 
 
 def memory_limit(planned: Planned, threads: int) -> int:

@@ -29,8 +29,8 @@ ROOM = 0.1
 """Share of a device that should stay free: heaps and caching allocators hold on to more than is in use."""
 _BLOCK = 2**19
 """Weights that are quantized or decoded at a time."""
-_BLOCK_BYTES = 46
-"""Of temporaries for each of them: 33 to 53 were measured in resident memory."""
+_BLOCK_BYTES = 16
+"""Of temporaries for each of them: 8 to 32, by format."""
 _INT8_COLUMNS = 1024
 """Columns of W that LLM.int8() multiplies at a time."""
 _ROW_BYTES = 21
@@ -213,16 +213,35 @@ def best(estimates: Sequence[Estimate], device: Device) -> int | None:
 # --- runs without memory -----------------------------------------------------------------------------
 
 
+_PRODUCTS = {
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    *(torch.ops.aten.linear.default, torch.ops.aten._grouped_mm.default),
+}
+
+
+@dataclass(frozen=True)
+class Live:
+    """Bytes alive in a run. peak: at most; products: at most while matrices, such as weights, are multiplied,
+    the result included."""
+
+    peak: int
+    products: int
+
+    def with_decoding(self, temporaries: int) -> int:
+        """The peak where a product needs `temporaries` to decode its weight."""
+        return max(self.peak, self.products + temporaries)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations make inside, for as long as they live.
 
-    now, peak: their sum at this moment, and at most. What existed before is not counted, nor what an
-    operation takes and gives back inside. Meant for the meta device, where it costs no memory.
+    now: their sum at this moment; peak, products: as in `Live`. What existed before is not counted, nor what
+    an operation takes and gives back inside. Meant for the meta device, where it costs no memory.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.products = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(
@@ -232,6 +251,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
+        if func in _PRODUCTS:
+            self.products = max(self.products, self.now)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -410,25 +410,29 @@ from fewbits.integrations import streaming
 import time
 
 make = streaming._Work.make
+quick = int(sys.argv[1])
 
 def slow(self, tensors):
-    time.sleep(0.05)
+    global quick
+    quick -= 1
+    time.sleep(0.02 if quick >= 0 else 2)
     return make(self, tensors)
 
 streaming._Work.make = slow
-sys.argv = ["fewbits", *sys.argv[1:]]
+sys.argv = ["fewbits", *sys.argv[2:]]
 main()
 """
 
 
-def slow_quantize(source: Path, cwd: Path, *options: str) -> subprocess.Popen[str]:
-    """The command with a pause before every tensor, so that it can be stopped in the middle."""
+def slow_quantize(source: Path, cwd: Path, quick: int, *options: str) -> subprocess.Popen[str]:
+    """The command, which takes seconds for each tensor after the first `quick` ones."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [
             sys.executable,
             "-c",
             _PAUSED,
+            str(quick),
             "quantize",
             str(source),
             "out",
@@ -456,7 +460,7 @@ class TestInterrupted:
             (tmp_path / name).mkdir()
         options = ["--max-shard-size", "300kB", "--quiet"]
         assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
-        process = slow_quantize(source, tmp_path / "stopped")
+        process = slow_quantize(source, tmp_path / "stopped", 25)
         wait_for_shards(tmp_path / "stopped" / "out.partial", 2, process)
         process.send_signal(sent)
         _, err = process.communicate(timeout=60)
@@ -474,7 +478,7 @@ class TestInterrupted:
         assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["out"]
 
     def test_before_the_first_shard_nothing_is_left(self, source: Path, tmp_path: Path) -> None:
-        process = slow_quantize(source, tmp_path, "--max-shard-size", "5GB")
+        process = slow_quantize(source, tmp_path, 3, "--max-shard-size", "5GB")
         while process.poll() is None and not (tmp_path / "out.partial").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
@@ -493,7 +497,7 @@ class TestInterrupted:
         assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
         kills = 0
         while not (tmp_path / "killed" / "out").exists():
-            process = slow_quantize(source, tmp_path / "killed", "--resume")
+            process = slow_quantize(source, tmp_path / "killed", 38, "--resume")
             try:
                 process.wait(moments.uniform(3, 8))
             except subprocess.TimeoutExpired:

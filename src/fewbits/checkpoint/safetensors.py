@@ -149,7 +149,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
 
 def _check_regular(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{shown(str(path))} is not a regular file; put the file itself in its place")
+        raise CheckpointError(f"{shown(path.name)} is not a regular file; put the file itself in its place")
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:

@@ -17,7 +17,9 @@ import fewbits
 from fewbits.cli.common import FailedCheckError
 from fewbits.cli.compare import compare
 from fewbits.cli.demo import demo
+from fewbits.cli.doctor import doctor
 from fewbits.cli.finalize import finalize
+from fewbits.cli.generate import generate
 from fewbits.cli.inspect import inspect
 from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
@@ -78,7 +80,7 @@ def _options(
 
 
 # In the order of use, which `fewbits --help` shows.
-COMMANDS = (demo, plan, quantize, finalize, inspect, verify, compare)
+COMMANDS = (demo, plan, quantize, finalize, inspect, verify, compare, generate, doctor)
 for _command in COMMANDS:
     app.command()(plain_errors(_command))
 

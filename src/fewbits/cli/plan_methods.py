@@ -18,6 +18,7 @@ from fewbits.nn import QuantModule
 from fewbits.planner import (
     Device,
     Estimate,
+    Live,
     adapter_bytes,
     cache_bytes,
     decoding_bytes,
@@ -119,7 +120,7 @@ class Source:
         self.dtype = _name(dtype)
         self._config = {**config, "dtype": self.dtype}
         self.is_quantized = bool(config.get("quantization_config"))
-        self._demands: dict[tuple[str, Case], tuple[int | None, int | None]] = {}
+        self._demands: dict[tuple[str, Case], tuple[int | None, Live | None]] = {}
         model = self.model()
         self.architecture = type(model).__name__
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -188,13 +189,14 @@ class Source:
         tokens = case.batch * case.context
         activations = None
         if cache is not None and live is not None:
-            activations = max(live + decoding_bytes(model, tokens), lookup_bytes(model, tokens) - cache)
+            peak = max(live.with_decoding(decoding_bytes(model, tokens)), lookup_bytes(model, tokens))
+            activations = max(0, peak - cache)
         weights = model.get_memory_footprint()
         estimate = Estimate(weights, loading, cache, activations, adapters)
         return Row(method, estimate, 8 * weights / self.parameters, embeddings, report(model).kept)
 
-    def _demand(self, dtype: str, case: Case) -> tuple[int | None, int | None]:
-        """(cache, what else a run needs) of the model in full precision; None where that is not known."""
+    def _demand(self, dtype: str, case: Case) -> tuple[int | None, Live | None]:
+        """(cache, what a run has alive) of the model in full precision; None where that is not known."""
         key = (dtype, case)
         if key not in self._demands:
             try:
@@ -205,13 +207,13 @@ class Source:
         return self._demands[key]
 
 
-def _run(model: Any, case: Case) -> tuple[int, int]:
+def _run(model: Any, case: Case) -> tuple[int, Live]:
     from fewbits.integrations import dry_run
 
     if case.rank is not None:
-        return 0, dry_run.training_bytes(model, case.batch, case.context, case.rank)
+        return 0, dry_run.training_step(model, case.batch, case.context, case.rank)
     cache = cache_bytes(dry_run.cache_layers(model), case.context, case.batch)
-    return cache, max(0, dry_run.prefill_bytes(model, case.batch, case.context) - cache)
+    return cache, dry_run.prefill(model, case.batch, case.context)
 
 
 def _adapters(model: Any, case: Case) -> int:

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fewbits.model import is_linear
 from fewbits.nn import is_transposed
-from fewbits.planner import LayerCache, LiveBytes, tiled_attention
+from fewbits.planner import LayerCache, Live, LiveBytes, tiled_attention
 
 _CACHES = ("past_key_values", "cache_params")  # what models call the argument
 _PER_TOKEN = {"keys": -2, "values": -2, "indexer_keys": -2}  # tensor of a cache layer → dimension of tokens
@@ -38,14 +38,14 @@ def cache_layers(model: PreTrainedModel) -> tuple[LayerCache, ...]:
     return tuple(_layer_cache(layer) for layer in cache.layers)
 
 
-def prefill_bytes(model: PreTrainedModel, batch: int, tokens: int) -> int:
-    """Most bytes alive while a prompt of `batch` × `tokens` is read, its cache included, weights not."""
+def prefill(model: PreTrainedModel, batch: int, tokens: int) -> Live:
+    """What is alive while a prompt of `batch` × `tokens` is read, its cache included, weights not."""
     run = _run_length(model, tokens)
-    return _forward(model, batch, run, DynamicCache(config=model.config)) * tokens // run
+    return _scaled(_forward(model, batch, run, DynamicCache(config=model.config)), tokens, run)
 
 
-def training_bytes(model: PreTrainedModel, batch: int, tokens: int, rank: int) -> int:
-    """Most bytes alive in a training step with LoRA and gradient checkpointing, weights and adapters not.
+def training_step(model: PreTrainedModel, batch: int, tokens: int, rank: int) -> Live:
+    """What is alive in a training step with LoRA and gradient checkpointing, weights and adapters not.
 
     Adapters are float32 on all linear layers but the output embedding, as PEFT makes them; the loss is that
     of transformers, over all positions.
@@ -59,7 +59,11 @@ def training_bytes(model: PreTrainedModel, batch: int, tokens: int, rank: int) -
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
         inputs = _prompt(batch, run)
         adapted(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    return live.peak * tokens // run
+    return _scaled(live, tokens, run)
+
+
+def _scaled(live: LiveBytes, tokens: int, run: int) -> Live:
+    return Live(live.peak * tokens // run, live.products * tokens // run)
 
 
 def _run_length(model: PreTrainedModel, tokens: int) -> int:
@@ -94,8 +98,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_transposed(type(layer)) else (rows, columns)
 
 
-def _forward(model: PreTrainedModel, batch: int, tokens: int, cache: DynamicCache) -> int:
-    """Read a prompt of zeros into `cache`, as `generate` does; most bytes alive on the way."""
+def _forward(model: PreTrainedModel, batch: int, tokens: int, cache: DynamicCache) -> LiveBytes:
+    """Read a prompt of zeros into `cache`, as `generate` does; what was alive on the way."""
     parameters = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {name: cache for name in _CACHES if name in parameters}
     if options:
@@ -104,7 +108,7 @@ def _forward(model: PreTrainedModel, batch: int, tokens: int, cache: DynamicCach
         options["logits_to_keep"] = 1
     with _dry(model) as live, torch.no_grad():
         model(**_prompt(batch, tokens), **options)
-    return live.peak
+    return live
 
 
 def _prompt(batch: int, tokens: int) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def _dry(model: PreTrainedModel) -> Iterator[LiveBytes]:
             _use_fused_attention(model)
             with (
                 tiled_attention(),
-                _NothingMasked(),
+                _WithoutValues(),
                 LiveBytes((*model.parameters(), *model.buffers())) as live,
             ):
                 yield live
@@ -141,9 +145,9 @@ def _use_fused_attention(model: PreTrainedModel) -> None:
         raise ValueError("its attention cannot be exchanged")
 
 
-class _NothingMasked(TorchDispatchMode):
-    """Inside, a question about tensors without values is answered with yes, and what is asked is whether all
-    tokens are to be seen, all of one sequence."""
+class _WithoutValues(TorchDispatchMode):
+    """Inside, the meta device does two things that it refuses: yes is its answer to questions, which ask
+    whether all tokens are to be seen, all of one sequence; and experts multiply in every dtype."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,8 +155,12 @@ class _NothingMasked(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        is_question = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
-        return True if is_question and args[0].is_meta else func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            if args[0].dtype == torch.bool:
+                return True
+        elif func is torch.ops.aten._grouped_mm.default and args[0].is_meta and args[1].dim() == 3:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[2])
+        return func(*args, **(kwargs or {}))
 
 
 def _layer_cache(layer: Any) -> LayerCache:

@@ -220,7 +220,7 @@ class TestDecoding:
         weight = ops.quantize(torch.randn(shape, dtype=torch.bfloat16), format)
         made = peak_of(lambda: reference.dequantize(weight, torch.bfloat16), *weight.parts().values())
         model = linear_of(shape, format)
-        assert decoding_bytes(model, tokens=7) == pytest.approx(made, rel=0.3)
+        assert 0.6 * decoding_bytes(model, tokens=7) < made < 1.25 * decoding_bytes(model, tokens=7)
         count = shape[0] * shape[1]
         assert decoding_bytes(model, tokens=7) == 2 * count + 16 * min(2**19, count)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fewbits import machine
 from fewbits.cli.doctor import OLDEST, Finding, examine, find
@@ -59,17 +60,16 @@ class TestCommand:
         assert lines["python"].strip().count(".") == 2
 
     def test_a_version_too_old_is_said_first_and_fails(self, fewbits: Fewbits, tmp_path: Path) -> None:
-        for name, found in (("torch", "2.5.1"), ("accelerate", "0.30.0")):
+        for name, found in (("safetensors", "0.4.5"), ("accelerate", "0.30.0")):
             metadata = tmp_path / f"{name}-{found}.dist-info" / "METADATA"
             metadata.parent.mkdir()
             metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
         paths = f"{ROOT / 'src'}:{tmp_path}"
         done = fewbits("doctor", env={"PYTHONPATH": paths})
         assert done.returncode == 1
-        assert done.stdout.startswith("! torch 2.5.1 is older than 2.8: pip install --upgrade")
+        assert done.stdout.startswith("! safetensors 0.4.5 is older than 0.5: pip install --upgrade")
         assert "accelerate 0.30.0 is older than 1.1" in done.stdout
-        assert done.stderr.startswith("failed: torch 2.5.1 is older than 2.8; ")
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.splitlines()[-1].startswith("failed: safetensors 0.4.5 is older than 0.5; ")
 
     def test_wrong_arguments(self, fewbits: Fewbits) -> None:
         done = fewbits("doctor", "--cure")
@@ -147,6 +147,25 @@ class TestMachine:
         monkeypatch.setattr(machine, "_control_groups", lambda name: iter(["max"] if "max" in name else []))
         assert machine.memory().limit is None
         assert machine.cpu_quota() is None
+
+    def test_accelerators(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def current(check_available: bool) -> torch.device:
+            return torch.device("cuda")
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 20))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+        found = machine.accelerators()
+        assert found == {
+            "cuda:0": ("card 0", machine.Memory(20, 10)),
+            "cuda:1": ("card 1", machine.Memory(20, 11)),
+        }
+
+    def test_flags_are_those_of_one_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = "processor\t: 0\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+        monkeypatch.setattr(Path, "read_text", lambda self: text)
+        assert machine.cpu_flags() == {"fpu", "avx2", "fma"}
 
     @pytest.mark.parametrize(
         ("groups", "expected"),

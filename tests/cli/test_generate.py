@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,20 @@ import pytest
 import torch
 import transformers
 
-from fewbits.cli.generate import Sampling, Stream
+import fewbits as library
+from fewbits.cli.generate import Sampling, Stream, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bitsandbytes"
 PROMPT = "Once upon a time"
 Fewbits = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _no_takeover() -> Iterator[None]:
+    """Calls of `generate` in this process take the entries of bitsandbytes over."""
+    yield
+    library.enable()
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,7 @@ class TestGoodUse:
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout.split()) > 20
 
+    @pytest.mark.slow
     def test_a_quantized_checkpoint(self, fewbits: Fewbits, demo_model: Path, tmp_path: Path) -> None:
         made = fewbits("quantize", demo_model, tmp_path / "q", "--format", "nf4:g64:dq", "-q")
         assert made.returncode == 0, made.stderr
@@ -85,6 +94,7 @@ class TestGoodUse:
         assert one["text"] == other["text"]
         assert one["weight_bytes"] == other["weight_bytes"] < 2_500_000
 
+    @pytest.mark.slow
     def test_sampling_has_a_seed(self, fewbits: Fewbits, demo_model: Path) -> None:
         arguments = ("generate", demo_model, PROMPT, "--max-new-tokens", "8", "-q", "--temperature", "1.5")
         texts = [fewbits(*arguments, "--seed", seed).stdout for seed in ("1", "1", "2")]
@@ -104,16 +114,23 @@ class TestGoodUse:
 
 class TestMistakes:
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("prompt", "options", "told"),
         [
-            (("  ",), "the prompt is empty"),
-            ((PROMPT, "--format", "nf5"), "nf5"),
-            ((PROMPT, "--format", "nf4", "--int8"), "exclude each other"),
-            ((PROMPT, "--top-p", "0.5"), "--temperature"),
-            ((PROMPT, "--chat"), "no chat template"),
-            ((PROMPT * 200,), "give a shorter one"),
-            ((), "prompt"),
+            ("  ", {}, "the prompt is empty"),
+            (PROMPT, {"format": "nf4", "int8": True}, "exclude each other"),
+            (PROMPT, {"top_p": 0.5}, "--temperature"),
+            (PROMPT, {"chat": True}, "no chat template"),
+            (PROMPT * 200, {}, "give a shorter one"),
         ],
+    )
+    def test_what_makes_no_sense(
+        self, demo_model: Path, prompt: str, options: dict[str, Any], told: str
+    ) -> None:
+        with pytest.raises(ValueError, match=told):
+            generate(str(demo_model), prompt, **options)
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"), [((), "prompt"), ((PROMPT, "--format", "nf5"), "did you mean 'nf4'")]
     )
     def test_wrong_arguments(
         self, fewbits: Fewbits, demo_model: Path, arguments: tuple[str, ...], told: str
@@ -202,11 +219,8 @@ def test_what_was_written_stays_when_interrupted(demo_model: Path) -> None:
 
 
 class TestStream:
-    @pytest.fixture(scope="class")
-    def tokenizer(self, demo_model: Path) -> Any:
-        return transformers.AutoTokenizer.from_pretrained(demo_model)
-
-    def test_words_come_when_they_are_complete(self, tokenizer: Any) -> None:
+    def test_words_come_when_they_are_complete(self, demo_model: Path) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
         pieces: list[str] = []
         stream = Stream(tokenizer, pieces.append)
         ids = tokenizer("Once upon a time there was a little girl", add_special_tokens=False).input_ids

@@ -121,8 +121,8 @@ class TestText:
         assert "500.00 MB for Python" in done.stderr
         assert done.stderr.count("\n") == 1
 
-    def test_this_machine(self, fewbits: Fewbits, demo_model: Path) -> None:
-        done = fewbits("plan", demo_model, "--train", "lora")
+    def test_this_machine(self, inside: Fewbits, demo_model: Path) -> None:
+        done = inside("plan", demo_model, "--train", "lora")
         assert done.returncode == 0, done.stderr
         assert "training LoRA adapters of rank 16 on 1 x 256 tokens" in done.stdout
         assert "this CPU with" in done.stdout
@@ -139,16 +139,16 @@ class TestMistakes:
         ],
     )
     def test_wrong_arguments(
-        self, fewbits: Fewbits, demo_model: Path, arguments: tuple[str, ...], told: str
+        self, inside: Fewbits, demo_model: Path, arguments: tuple[str, ...], told: str
     ) -> None:
-        done = fewbits("plan", demo_model, *arguments)
+        done = inside("plan", demo_model, *arguments)
         assert done.returncode == 2
         assert done.stdout == ""
         assert told in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_no_folder(self, fewbits: Fewbits, tmp_path: Path) -> None:
-        done = fewbits("plan", tmp_path / "nowhere")
+    def test_no_folder(self, inside: Fewbits, tmp_path: Path) -> None:
+        done = inside("plan", tmp_path / "nowhere")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: there is no folder ")
 
@@ -160,9 +160,9 @@ class TestMistakes:
             ('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": -4}', "llama"),
         ],
     )
-    def test_a_broken_config(self, fewbits: Fewbits, tmp_path: Path, config: str, told: str) -> None:
+    def test_a_broken_config(self, inside: Fewbits, tmp_path: Path, config: str, told: str) -> None:
         (tmp_path / "config.json").write_text(config)
-        done = fewbits("plan", tmp_path)
+        done = inside("plan", tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ")
         assert told in done.stderr
@@ -243,8 +243,8 @@ class TestQuantizedAlready:
         assert row.estimate.weights == source.folder.nbytes
         assert any("gptq" in note for note in source.notes)
 
-    def test_the_command(self, fewbits: Fewbits) -> None:
-        done = fewbits("plan", GOLDEN / "nf4", "--memory", "2GB")
+    def test_the_command(self, inside: Fewbits) -> None:
+        done = inside("plan", GOLDEN / "nf4", "--memory", "2GB")
         assert done.returncode == 0, done.stderr
         assert "quantized already, by bitsandbytes" in done.stdout
 

@@ -29,8 +29,8 @@ from fewbits.planner import ROOM, RUNTIME, Device, best
 from fewbits.report import Entry
 
 _BOUND = (
-    "Weights are exact. Peaks are of memory in use, within 15 % of those measured while loading and running "
-    "Llamas of 100 to 200 million parameters on a CPU; the heap of the C library may hold more for a while."
+    "Weights are exact. Peaks are of memory in use, within 15 % of those measured on a CPU (Llamas of 135 "
+    "million parameters, generating and training); heaps may hold more for a while."
 )
 _MOST_KEPT = 6  # rows
 _LEAST_SHARE = 0.01  # of what is kept, to be a row
@@ -139,7 +139,7 @@ def _show(made: Plan) -> None:
         _show_kept(made, row)
     console.print(f"\n[bold]Recommended: {row.label}[/]. {_why(made)}\n")
     for line in code(made.path, row, source, made.case).splitlines():
-        console.print(f"    {line}", markup=False, soft_wrap=True)
+        console.print(f"    {line}".rstrip(), markup=False, soft_wrap=True)
     console.print(f"\nNext: [bold]{command(made.path, row, made.source)}[/]\n", soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewbits.checkpoint.folder import Folder, open_folder, read_config
-from fewbits.checkpoint.safetensors import TORCH_DTYPES
+from fewbits.checkpoint.safetensors import TORCH_DTYPES, shown
 from fewbits.cli.common import format_bytes
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.model import quantize_model
@@ -113,10 +113,10 @@ class Source:
         config = read_config(path) if self.folder is None else self.folder.config
         dtype = stored_dtype(config)
         if self.folder is None:
-            self.notes.append("There are no weights here; sizes are those that config.json says.")
+            self._tell("There are no weights here; sizes are those that config.json says.")
         if dtype is None:
             dtype = torch.bfloat16 if self.folder is None else _first_dtype(self.folder)
-            self.notes.append(f"config.json names no dtype; this is for {_name(dtype)}.")
+            self._tell(f"config.json names no dtype; this is for {_name(dtype)}.")
         self.dtype = _name(dtype)
         self._config = {**config, "dtype": self.dtype}
         self.is_quantized = bool(config.get("quantization_config"))
@@ -124,8 +124,13 @@ class Source:
         model = self.model()
         self.architecture = type(model).__name__
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.is_causal = type(model) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+        causal, settings = MODEL_FOR_CAUSAL_LM_MAPPING, type(model.config)
+        self.is_causal = settings in causal and causal[settings] is type(model)
         self.longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _tell(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def model(self, dtype: str | None = None) -> Any:
         """The empty model, all of it in full precision."""
@@ -159,19 +164,22 @@ class Source:
 
     def _stored(self, quantization: Mapping[str, Any], case: Case) -> Row:
         """A checkpoint that is quantized already, planned as it is."""
-        name = str(quantization.get("quant_method", "an unnamed method"))
-        self.notes.append(f"This checkpoint is quantized already, by {name}; it is planned as it is stored.")
+        name = shown(str(quantization.get("quant_method", "an unnamed method")))
+        self._tell(f"This checkpoint is quantized already, by {name}; it is planned as it is stored.")
         model = self.model()
         adapters = _adapters(model, case)
         kinds: dict[str, Any] = {"bitsandbytes": BitsAndBytesConfig, "fewbits": FewbitsConfig}
         if name in kinds:
-            quantize_model(model, kinds[name].from_dict(quantization))
+            try:
+                quantize_model(model, kinds[name].from_dict(quantization))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"quantization_config in config.json: {error}") from error
         row = self._finish(
             Method("stored", "as stored"), model, case, (), adapters, model.get_memory_footprint()
         )
         if name in kinds or self.folder is None:
             return row
-        self.notes.append(f"Temporaries of {name} are not counted.")
+        self._tell(f"Temporaries of {name} are not counted.")
         weights = self.folder.nbytes
         estimate = replace(row.estimate, weights=weights, loading=weights)
         return replace(row, estimate=estimate, bits_per_weight=8 * weights / self.parameters, kept=())
@@ -203,7 +211,7 @@ class Source:
                 self._demands[key] = _run(self.model(dtype), case)
             except ValueError as error:
                 self._demands[key] = (None, None)
-                self.notes.append(f"KV cache and activations are not estimated: {error}.")
+                self._tell(f"KV cache and activations are not estimated: {error}.")
         return self._demands[key]
 
 

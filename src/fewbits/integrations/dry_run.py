@@ -166,7 +166,7 @@ class _WithoutValues(TorchDispatchMode):
 def _layer_cache(layer: Any) -> LayerCache:
     per_token = state = 0
     for name, value in vars(layer).items():
-        tensors = [one for one in (value.values() if isinstance(value, dict) else [value]) if is_held(one)]
+        tensors = [one for one in (value.values() if isinstance(value, dict) else [value]) if _is_held(one)]
         if name in _PER_TOKEN:
             per_token += sum(one.nbytes // one.shape[_PER_TOKEN[name]] for one in tensors)
         elif name in _STATES:
@@ -176,6 +176,6 @@ def _layer_cache(layer: Any) -> LayerCache:
     return LayerCache(per_token, getattr(layer, "sliding_window", None), state)
 
 
-def is_held(value: object) -> bool:
+def _is_held(value: object) -> bool:
     """Whether this is a tensor that takes memory worth counting."""
     return isinstance(value, Tensor) and value.dim() > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from fewbits.cli import app
@@ -60,3 +62,27 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Fewbits:
         return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def source(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo model in four files."""
+    folder = tmp_path / "source"
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model)
+    model.save_pretrained(folder, max_shard_size="2MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, folder / name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error of a command that failed as it should."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith(("error: ", "failed: ")))
+    return line

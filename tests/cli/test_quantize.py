@@ -1,16 +1,13 @@
-"""`fewbits quantize` and `fewbits finalize`, run as a user runs them."""
+"""`fewbits quantize`, run as a user runs it."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import fewbits as library
 from fewbits.checkpoint.folder import open_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+from .conftest import Fewbits, contents, one_line
 
-Fewbits = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -32,30 +29,6 @@ def _takeover() -> Iterator[None]:
     library.enable(takeover=True)
     yield
     library.enable()
-
-
-@pytest.fixture
-def source(demo_model: Path, tmp_path: Path) -> Path:
-    """A copy of the demo model in four files."""
-    folder = tmp_path / "source"
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model)
-    model.save_pretrained(folder, max_shard_size="2MB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model / name, folder / name)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The error of a command that failed as it should."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith(("error: ", "failed: ")))
-    return line
 
 
 class TestGoodUse:
@@ -188,41 +161,6 @@ class TestGoodUse:
         assert contents(repository / "blobs") == before
         assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
         assert "base_model: org/tales" in (tmp_path / "out" / "README.md").read_text()
-
-
-class TestReproducible:
-    def test_workers_as_processes_give_the_bytes_of_one(
-        self, fewbits: Fewbits, inside: Fewbits, source: Path, tmp_path: Path
-    ) -> None:
-        options = ["--max-shard-size", "500kB", "--quiet"]
-        for name in ("one", "three"):
-            (tmp_path / name).mkdir()
-        done = inside("quantize", source, "out", *options, "--threads", "1", cwd=tmp_path / "one")
-        assert done.returncode == 0, done.stderr
-        paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-m", "fewbits", "quantize", str(source), "out", *options, "--worker"]
-        workers = [
-            subprocess.Popen([*command, f"{number}/3"], cwd=tmp_path / "three", env=environment)
-            for number in (1, 2, 3)
-        ]
-        assert [worker.wait(200) for worker in workers] == [0, 0, 0]
-        assert not (tmp_path / "three" / "out").exists()
-        done = fewbits("finalize", "out", "--json", cwd=tmp_path / "three")
-        assert done.returncode == 0, done.stderr
-        assert "README.md" in json.loads(done.stdout)["files"]
-        assert contents(tmp_path / "three" / "out") == contents(tmp_path / "one" / "out")
-        assert len(list((tmp_path / "one" / "out").glob("*.safetensors"))) > 3
-
-    def test_finalize_before_all_workers_are_done(
-        self, inside: Fewbits, source: Path, tmp_path: Path
-    ) -> None:
-        options = ["--max-shard-size", "500kB"]
-        assert inside("quantize", source, "out", *options, "--worker", "2/2", cwd=tmp_path).returncode == 0
-        line = one_line(inside("finalize", "out", cwd=tmp_path))
-        assert "shards are not finished: model-00001-of-" in line
-        line = one_line(inside("finalize", "nowhere", cwd=tmp_path))
-        assert "run `fewbits quantize` first" in line
 
 
 def poisoned(source: Path, value: float) -> None:
@@ -403,117 +341,6 @@ class TestRefused:
         assert "org/nowhere is neither a folder here nor a model that the hub gives" in line
 
 
-_PAUSED = """
-import sys
-from fewbits.cli import main
-from fewbits.integrations import streaming
-import time
-
-make = streaming._Work.make
-quick = int(sys.argv[1])
-
-def slow(self, tensors):
-    global quick
-    quick -= 1
-    time.sleep(0.02 if quick >= 0 else 2)
-    return make(self, tensors)
-
-streaming._Work.make = slow
-sys.argv = ["fewbits", *sys.argv[2:]]
-main()
-"""
-
-
-def slow_quantize(source: Path, cwd: Path, quick: int, *options: str) -> subprocess.Popen[str]:
-    """The command, which takes seconds for each tensor after the first `quick` ones."""
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            _PAUSED,
-            str(quick),
-            "quantize",
-            str(source),
-            "out",
-            "--max-shard-size",
-            "300kB",
-            *options,
-        ],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "300"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background of a shell have SIGINT ignored, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and len(list(out.glob(".job/*safetensors.json"))) < count:
-        time.sleep(0.005)
-
-
-class TestInterrupted:
-    @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_it_goes_on(self, sent: signal.Signals, inside: Fewbits, source: Path, tmp_path: Path) -> None:
-        for name in ("stopped", "straight"):
-            (tmp_path / name).mkdir()
-        options = ["--max-shard-size", "300kB", "--quiet"]
-        assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
-        process = slow_quantize(source, tmp_path / "stopped", 25)
-        wait_for_shards(tmp_path / "stopped" / "out.partial", 2, process)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), err
-        assert not (tmp_path / "stopped" / "out").exists()
-        if sent != signal.SIGKILL:
-            assert "--resume goes on" in err
-            assert "Traceback" not in err
-        assert "--resume goes on" in one_line(inside("quantize", source, "out", cwd=tmp_path / "stopped"))
-        line = one_line(inside("quantize", source, "out", "--int8", "--resume", cwd=tmp_path / "stopped"))
-        assert "belongs to another job" in line
-        done = inside("quantize", source, "out", *options, "--resume", cwd=tmp_path / "stopped")
-        assert done.returncode == 0, done.stderr
-        assert contents(tmp_path / "stopped" / "out") == contents(tmp_path / "straight" / "out")
-        assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["out"]
-
-    def test_before_the_first_shard_nothing_is_left(self, source: Path, tmp_path: Path) -> None:
-        process = slow_quantize(source, tmp_path, 3, "--max-shard-size", "5GB")
-        while process.poll() is None and not (tmp_path / "out.partial").exists():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
-        assert "nothing was written" in err
-        assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-    @pytest.mark.slow
-    def test_killed_again_and_again(self, inside: Fewbits, source: Path, tmp_path: Path) -> None:
-        """At random moments of its work, until it gets through."""
-        moments = random.Random(7)
-        for name in ("killed", "straight"):
-            (tmp_path / name).mkdir()
-        options = ["--max-shard-size", "300kB", "--quiet"]
-        assert inside("quantize", source, "out", *options, cwd=tmp_path / "straight").returncode == 0
-        killed = tmp_path / "killed"
-        for _ in range(30):
-            for stale in killed.glob("out.partial/.job/*.part"):
-                stale.unlink()
-            process = slow_quantize(source, killed, 38, "--resume")
-            while process.poll() is None and not list(killed.glob("out.partial/.job/*.part")):
-                time.sleep(0.005)
-            try:
-                process.wait(moments.uniform(0, 0.8))
-            except subprocess.TimeoutExpired:
-                process.kill()
-            process.communicate()
-            if (killed / "out").exists():
-                break
-        assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "straight" / "out")
-
-
 def test_help_shows_an_example(inside: Fewbits) -> None:
     for command in ("quantize", "finalize"):
         done = inside(command, "--help")
@@ -535,89 +362,3 @@ def test_starting_loads_no_heavy_package() -> None:
         check=True,
     )
     assert done.stdout == "[]\n"
-
-
-_CHECKPOINT = """
-import json, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-
-folder, layers, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-hidden, mlp, vocabulary = 2048, 5632, 32000
-config = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=hidden, intermediate_size=mlp,
-    num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, vocab_size=vocabulary,
-    dtype=sys.argv[3], tie_word_embeddings=False,
-)
-(folder / "config.json").write_text(json.dumps(config))
-
-def weight(*shape):
-    return torch.empty(shape, dtype=dtype).normal_(0, 0.02)
-
-def layer(prefix):
-    for name in ("q", "k", "v", "o"):
-        yield f"{prefix}.self_attn.{name}_proj.weight", weight(hidden, hidden)
-    for name in ("gate", "up"):
-        yield f"{prefix}.mlp.{name}_proj.weight", weight(mlp, hidden)
-    yield f"{prefix}.mlp.down_proj.weight", weight(hidden, mlp)
-    for name in ("input", "post_attention"):
-        yield f"{prefix}.{name}_layernorm.weight", torch.ones(hidden, dtype=dtype)
-
-names = {}
-norm = {"model.norm.weight": torch.ones(hidden, dtype=dtype)}
-files = [lambda: {"model.embed_tokens.weight": weight(vocabulary, hidden), **norm}]
-files += [lambda number=number: dict(layer(f"model.layers.{number}")) for number in range(layers)]
-files += [lambda: {"lm_head.weight": weight(vocabulary, hidden)}]
-for number, make in enumerate(files):
-    tensors, file = make(), f"model-{number}.safetensors"
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-    names |= dict.fromkeys(tensors, file)
-(folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-"""
-
-_MEASURED = """
-import sys
-import fewbits.cli, fewbits.integrations.streaming
-from fewbits.machine import PeakMemory
-peak = PeakMemory()
-sys.argv = ["fewbits", *sys.argv[1:]]
-try:
-    fewbits.cli.main()
-finally:
-    print(peak.bytes_above_start(), file=sys.stderr)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by /proc")
-@pytest.mark.parametrize(
-    ("layers", "dtype", "options"),
-    [(12, "bfloat16", []), (30, "bfloat16", ["--int8"]), (8, "float32", ["--format", "int4:g128:f16:zero"])],
-)
-def test_memory_is_bounded_by_the_largest_tensor(
-    layers: int, dtype: str, options: list[str], tmp_path: Path
-) -> None:
-    """Checkpoints of 1.5 to 3.4 GB in three times the largest tensor in float32, and 256 MB."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
-    source = tmp_path / "source"
-    source.mkdir()
-    subprocess.run(
-        [sys.executable, "-c", _CHECKPOINT, str(source), str(layers), dtype], env=environment, check=True
-    )
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    assert size > 1.4e9
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, "quantize", str(source), "out", "--json", *options],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stderr.splitlines()[-1])
-    result = json.loads(done.stdout)
-    print(size, peak, result)
-    assert peak <= 3 * 4 * 32000 * 2048 + 256e6
-    assert result["bytes"] < 0.65 * size
-    shutil.rmtree(tmp_path / "out")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.checkpoint.safetensors import (
+    TORCH_DTYPES,
     CheckpointError,
     Header,
     TensorInfo,
@@ -77,6 +78,13 @@ class Folder:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.info(name).nbytes for name in self.files)
+
+    @property
+    def first_dtype(self) -> torch.dtype | None:
+        """That of the first floating tensor by name, which transformers takes where a config names none."""
+        header = next(iter(self.headers.values()))
+        dtypes = (TORCH_DTYPES.get(info.dtype) for _, info in sorted(header.tensors.items()))
+        return next((one for one in dtypes if one is not None and one.is_floating_point), None)
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,20 @@ def session(job: Job, name: str, *, join: bool) -> Iterator[None]:
         raise
     except BaseException:
         if is_new and not any(read_record(job.partial, shard.name) for shard in job.shards):
-            discard(job.partial)
+            with suppress(FileExistsError, BlockingIOError):  # not ours any more
+                discard(job.partial)
         raise
 
 
 @contextmanager
 def hold(partial: Path, name: str) -> Iterator[None]:
-    """Be the only process that does the part `name` of the job in `partial`; BlockingIOError if one is at
-    it."""
+    """Be the only one at the part `name` of the job in `partial`, a shard for instance; BlockingIOError if
+    another process is at it."""
     lock = FileLock(partial / ".job" / f"{name}.lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"another process does this part of {partial}; wait for it") from None
+        raise BlockingIOError(f"another process is at {name} of {partial}; wait for it") from None
     try:
         yield
     finally:

@@ -9,16 +9,16 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fewbits.checkpoint.files import file_hash, reserve, sync_folder, write_at, write_atomically
 from fewbits.checkpoint.job import Advance, Job, Shard, Unit
 from fewbits.checkpoint.safetensors import TORCH_DTYPES, CheckpointError
-from fewbits.checkpoint.session import read_record, record_path
+from fewbits.checkpoint.session import hold, read_record, record_path
 from fewbits.machine import give_back_free_memory
 
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -48,7 +48,7 @@ def run(job: Job, shards: Iterable[Shard], *, threads: int, memory: int, advance
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             for writer in writers:
-                writer.abandon()
+                writer.close()
             raise
 
 
@@ -93,27 +93,19 @@ class _Writer:
 
     def __init__(self, job: Job, shard: Shard) -> None:
         self._job, self._shard = job, shard
-        state = job.partial / ".job"
-        self._path = state / f"{shard.name}.part"
-        self._lock = FileLock(state / f"{shard.name}.lock", thread_local=False)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(
-                f"another process is writing {shard.name} in {job.partial}; wait for it"
-            ) from None
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        self._open = True
+        self._path = job.partial / ".job" / f"{shard.name}.part"
         self._counting = threading.Lock()
         self._left = len(shard.units)
         self._digests: dict[tuple[str, ...], str] = {}
         self._squares: dict[tuple[str, ...], Mapping[str, tuple[float, float]]] = {}
         self._open_tensors: dict[str, Tensor] = {}
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(hold(job.partial, shard.name))
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            stack.callback(os.close, self._descriptor)
+            stack.callback(self._path.unlink, missing_ok=True)
             reserve(self._descriptor, shard.size)  # a full disk is noticed before any work
-        except OSError:
-            self.abandon()
-            raise
+            self._resources = stack.pop_all()
 
     def source_bytes(self, unit: Unit) -> int:
         return sum(self._job.source.info(name).nbytes for name in unit.sources)
@@ -160,18 +152,11 @@ class _Writer:
         os.replace(self._path, self._job.partial / self._shard.name)
         sync_folder(self._job.partial)
         write_atomically(record_path(self._job.partial, self._shard.name), json.dumps(record).encode())
-        self._close()
+        self.close()
 
-    def abandon(self) -> None:
-        """Remove what is written so far, unless the shard is finished."""
-        if self._open:
-            self._path.unlink(missing_ok=True)
-            self._close()
-
-    def _close(self) -> None:
-        self._open = False
-        os.close(self._descriptor)
-        self._lock.release()
+    def close(self) -> None:
+        """Let go of the file; what is written so far is removed, unless the shard is finished."""
+        self._resources.close()
 
 
 def is_done(job: Job, shard: Shard, advance: Advance) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from fewbits.machine import peak_resident_bytes, resident_bytes
+from fewbits.report import Entry
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes.")]
@@ -103,6 +104,14 @@ def find_model(given: str, files: Sequence[str] = MODEL_FILES) -> Path:
         raise FileNotFoundError(
             f"{given} is neither a folder here nor a model that the hub gives: {error}"
         ) from error
+
+
+def grouped(kept: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
+    """(name with * for the numbers of layers, entries) of kept weights, what takes most first."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in kept:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), []).append(entry)
+    return sorted(groups.items(), key=lambda group: -sum(entry.nbytes for entry in group[1]))
 
 
 class _MemoryColumn(ProgressColumn):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from fewbits.cli.common import (
     FailedCheckError,
     find_model,
     format_bytes,
+    grouped,
     parse_bytes,
     print_json,
     results,
@@ -140,7 +141,7 @@ def _show(made: Plan) -> None:
     console.print(f"\n[bold]Recommended: {row.label}[/]. {_why(made)}\n")
     for line in code(made.path, row, source, made.case).splitlines():
         console.print(f"    {line}".rstrip(), markup=False, soft_wrap=True)
-    console.print(f"\nNext: [bold]{command(made.path, row, made.source)}[/]\n", soft_wrap=True)
+    console.print(f"\nNext: [bold]{escape(command(made.path, row, made.source))}[/]\n", soft_wrap=True)
 
 
 def _table(made: Plan) -> Table:
@@ -190,7 +191,7 @@ def _why(made: Plan) -> str:
 
 def _show_kept(made: Plan, row: Row) -> None:
     console = results()
-    groups = _grouped(row.kept)
+    groups = grouped(row.kept)
     total = sum(entry.nbytes for entry in row.kept)
     console.print(f"\nWith {row.label}, {format_bytes(total)} stay in {made.source.dtype}:")
     large = [group for group in groups if sum(one.nbytes for one in group[1]) >= _LEAST_SHARE * total]
@@ -207,14 +208,6 @@ def _show_kept(made: Plan, row: Row) -> None:
     console.print(table)
 
 
-def _grouped(kept: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
-    """(name with * for numbers, entries) of kept weights, what takes most first."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in kept:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), []).append(entry)
-    return sorted(groups.items(), key=lambda group: -sum(entry.nbytes for entry in group[1]))
-
-
 def _as_json(made: Plan) -> dict[str, Any]:
     row, case = made.chosen, made.case
     recommended = None
@@ -224,7 +217,7 @@ def _as_json(made: Plan) -> dict[str, Any]:
             "why": _why(made),
             "code": code(made.path, row, made.source, case),
             "command": command(made.path, row, made.source),
-            "kept": [_kept_json(name, entries) for name, entries in _grouped(row.kept)],
+            "kept": [_kept_json(name, entries) for name, entries in grouped(row.kept)],
         }
     return {
         "path": made.path,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fewbits.checkpoint.folder import Folder, open_folder, read_config
-from fewbits.checkpoint.safetensors import TORCH_DTYPES, shown
+from fewbits.checkpoint.folder import open_folder, read_config
+from fewbits.checkpoint.safetensors import shown
 from fewbits.cli.common import format_bytes
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.model import quantize_model
@@ -115,7 +115,7 @@ class Source:
         if self.folder is None:
             self._tell("There are no weights here; sizes are those that config.json says.")
         if dtype is None:
-            dtype = torch.bfloat16 if self.folder is None else _first_dtype(self.folder)
+            dtype = (None if self.folder is None else self.folder.first_dtype) or torch.bfloat16
             self._tell(f"config.json names no dtype; this is for {_name(dtype)}.")
         self.dtype = _name(dtype)
         self._config = {**config, "dtype": self.dtype}
@@ -237,16 +237,6 @@ def _embeddings(model: Any) -> tuple[str, ...]:
     """Names of the input and output embeddings."""
     both = [model.get_input_embeddings(), model.get_output_embeddings()]
     return tuple(name for name, module in model.named_modules() if any(module is one for one in both))
-
-
-def _first_dtype(folder: Folder) -> torch.dtype:
-    """What transformers takes for the dtype of a checkpoint whose config names none."""
-    for header in folder.headers.values():
-        for _, info in sorted(header.tensors.items()):
-            dtype = TORCH_DTYPES.get(info.dtype)
-            if dtype is not None and dtype.is_floating_point:
-                return dtype
-    return torch.float32
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
@@ -33,6 +32,7 @@ from fewbits.cli.common import (
     Quiet,
     byte_progress,
     format_bytes,
+    grouped,
     messages,
     parse_bytes,
     print_json,
@@ -40,7 +40,7 @@ from fewbits.cli.common import (
 )
 from fewbits.cli.jobs import Planned, Request, part_name, part_of, plan_job
 from fewbits.machine import peak_resident_bytes, usable_cores
-from fewbits.report import Entry, Report
+from fewbits.report import Report
 
 _MARGIN = 2**27  # bytes of memory for the temporaries of units at work, besides what grows with tensors
 _COPY_SAMPLE = 2**28  # bytes that are copied to see what the disks give
@@ -357,18 +357,12 @@ def _show_plan(planned: Planned, part: Sequence[Shard], threads: int, as_json: b
     console.print("nothing was written (--dry-run)", style="dim")
 
 
-def _kept(report: Report) -> list[str]:
+def _kept(report: Report) -> Iterator[str]:
     """A line for each kept weight of two or more dimensions, largest first; those of all layers in one."""
-    alike: dict[tuple[str, str], list[Entry]] = {}
-    for entry in report.kept:
-        if len(entry.shape) > 1:
-            alike.setdefault((re.sub(r"\d+", "*", entry.name), entry.reason), []).append(entry)
-    lines = {}
-    for (pattern, reason), entries in alike.items():
+    for name, entries in grouped(entry for entry in report.kept if len(entry.shape) > 1):
         size, one = sum(entry.nbytes for entry in entries), entries[0]
-        which = one.name if len(entries) == 1 else f"{len(entries)} x {pattern}"
-        lines[f"kept: {which} {list(one.shape)} in {one.stored}, {format_bytes(size)}: {reason}"] = size
-    return sorted(lines, key=lambda line: -lines[line])
+        count = f"{len(entries)} x " if len(entries) > 1 else ""
+        yield f"kept: {count}{name} {list(one.shape)} in {one.stored}, {format_bytes(size)}: {one.reason}"
 
 
 def _kinds(report: Report) -> Table:

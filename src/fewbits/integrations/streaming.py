@@ -76,7 +76,7 @@ def plan(
         raise CheckpointError(
             f"{folder.path} is quantized already ({method}); start from the original checkpoint"
         )
-    model = empty_model(folder.config, _first_dtype(folder), len(folder.files))
+    model = empty_model(folder.config, folder.first_dtype or torch.float32, len(folder.files))
     chosen = config if isinstance(config, BitsAndBytesConfig | FewbitsConfig) else config(model.dtype)
     groups = _groups(folder, model)
     _check_ties(folder, model, groups)
@@ -403,14 +403,6 @@ def _empty(layer: QuantModule, weight: str) -> QuantizedTensor:
     format = layer.scheme.weight
     parts = [torch.empty(part.shape, dtype=DTYPES[part.dtype], device="meta") for part in format.parts(shape)]
     return QuantizedTensor.from_parts(parts, format, shape, dtype)
-
-
-def _first_dtype(folder: Folder) -> torch.dtype:
-    """What transformers takes for the dtype of a checkpoint whose config names none: that of its first
-    weight."""
-    header = next(iter(folder.headers.values()))
-    floating = (TORCH_DTYPES.get(info.dtype) for _, info in sorted(header.tensors.items()))
-    return next((dtype for dtype in floating if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
 def _report(model: Any) -> Report:

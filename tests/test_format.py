@@ -69,7 +69,7 @@ def test_formats_are_equal_exactly_when_their_spellings_are(one, other):
 
 @pytest.mark.parametrize("family", [*FLAT, *GRID, *FIXED])
 def test_a_bare_family_has_its_default_group(family):
-    assert str(Format.parse(family)) == f"{family}:{ {**FLAT, **GRID, **FIXED}[family]}"
+    assert str(Format.parse(family)) == f"{family}:{ {**FLAT, **GRID, **FIXED}[family] }"
 
 
 def test_a_format_passes_through_parse():
@@ -260,7 +260,36 @@ def test_llm_int8_is_spelled_in_one_line():
 
 
 @pytest.mark.parametrize("weight", ["nf4:g64", "int8:g128", "int8:tensor", "int4:row"])
-def test_int8_activations_need_weights_by_row_and_the_error_says_so(weight):
+def test_outliers_need_weights_by_row_and_the_error_says_so(weight):
     mend = f"write int8:row@int8:t6, or {weight} alone"
-    with pytest.raises(ValueError, match=rf"int8:row, got {weight}.*{mend}"):
+    with pytest.raises(
+        ValueError, match=rf"{weight} cannot be multiplied with activations in int8:t6.*{mend}"
+    ):
         Scheme.parse(f"{weight}@int8:t6")
+
+
+@pytest.mark.parametrize("weight", ["int8:row", "int8:g128", "fp8_e4m3", "dynamic8", "nf4:g64:offset"])
+def test_grouped_activations_need_weights_of_few_bits_without_offset(weight):
+    with pytest.raises(ValueError, match=rf"{weight}.* cannot be multiplied .*int8:g64"):
+        Scheme.parse(f"{weight}@int8:g64")
+
+
+@pytest.mark.parametrize("activation", ["int8", "int8:g8", "int8:g64", "int8:g128"])
+@pytest.mark.parametrize("weight", ["nf4:g64", "nf4:g64:dq", "int4:g128:zero", "int2:g64", "mxfp4:g32"])
+def test_weights_of_few_bits_take_grouped_activations(weight, activation):
+    scheme = Scheme.parse(f"{weight}@{activation}")
+    assert (str(scheme), scheme.is_llm_int8) == (f"{weight}@{activation}", False)
+    assert Scheme.parse("int8:row@int8").is_llm_int8
+
+
+@pytest.mark.parametrize(
+    "text", ["int8:g", "int8:g0", "int8:g12", "int8:g64:t6", "int8:g-8", "int8:g8000000000"]
+)
+def test_activation_groups_are_multiples_of_eight(text):
+    with pytest.raises(ValueError, match=r"cannot read the activation .*int8:g64"):
+        Activation.parse(text)
+
+
+def test_groups_and_outliers_exclude_each_other():
+    with pytest.raises(ValueError, match="without outlier threshold"):
+        Activation(6.0, 64)

@@ -112,7 +112,11 @@ def test_the_compute_dtype_is_the_one_multiplied_in():
     layer = quantized(nn.Linear(64, 8), replace(Scheme.parse("nf4:g64"), compute_dtype="bfloat16"))
     x = torch.randn(3, 64)
     weight, bias = layer.dequantize().bfloat16(), layer.bias.bfloat16()
-    assert torch.equal(layer(x), nn.functional.linear(x.bfloat16(), weight, bias).float())
+    y = layer(x)
+    assert torch.equal(y, y.bfloat16().float())
+    torch.testing.assert_close(
+        y, nn.functional.linear(x.bfloat16(), weight, bias).float(), rtol=0.02, atol=0.02
+    )
 
 
 def test_under_autocast_the_result_has_its_dtype_like_any_linear_layer():

@@ -5,6 +5,7 @@ import torch
 
 from fewbits import backends, ops
 from fewbits.ops import dequantize, embedding, linear, quantize
+from fewbits.reference import rounded_to_int8
 from fewbits.tensor import QuantizedTensor
 
 FORMATS = [
@@ -120,7 +121,8 @@ def test_gradients_in_half_precision_stay_within_its_rounding(spelling, dtype):
         (bias.grad, grad.double().sum(0), grad.double().abs().sum(0)),
     ]
     for mine, truth, size in pairs:
-        assert ((mine.double() - truth).abs() <= eps * truth.abs() + 0.1 * eps * size).all()
+        # The result is rounded, and a kernel may take the weights before or after they are.
+        assert ((mine.double() - truth).abs() <= eps * truth.abs() + 0.6 * eps * size).all()
 
 
 def test_the_gradient_through_int8_activations_is_that_of_the_decoded_weight():
@@ -245,8 +247,40 @@ def test_linear_names_both_devices_when_they_differ():
 
 def test_int8_activations_with_other_weights_are_refused():
     weight = quantize(torch.randn(11, 64), "nf4:g64")
-    with pytest.raises(ValueError, match="int8 activations need weights in int8:row, got nf4:g64"):
+    with pytest.raises(ValueError, match="nf4:g64 cannot be multiplied with activations in int8:t6"):
         linear(torch.randn(3, 64), weight, activation="int8:t6")
+
+
+@pytest.mark.parametrize("group", [0, 8, 64, 128])
+@pytest.mark.parametrize("spelling", ["nf4:g64", "int4:g32:f16:zero", "mxfp4"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_int8_activations_differ_from_exact_ones_by_their_rounding(spelling, group, rows):
+    weight, x, bias = quantize(torch.randn(37, 192), spelling), torch.randn(rows, 192), torch.randn(37)
+    activation = f"int8:g{group}" if group else "int8"
+    y = linear(x, weight, bias, activation=activation)
+    rounded = linear(rounded_to_int8(x, group), weight, bias)
+    assert not torch.equal(y, linear(x, weight, bias))
+    assert float((y - rounded).norm() / rounded.norm()) < 0.01  # the codebook may be rounded to int8 as well
+
+
+def test_activations_in_int8_are_multiples_of_a_hundred_and_twenty_seventh_of_the_largest():
+    x = torch.tensor([[127.0, 1.4, -2.6, 0.0], [-12.7, 0.05, 0.04, 0.149]])
+    wanted = torch.tensor([[127.0, 1.0, -3.0, 0.0], [-12.7, 0.0, 0.0, 0.1]])
+    torch.testing.assert_close(rounded_to_int8(x, 0), wanted)
+    torch.testing.assert_close(
+        rounded_to_int8(x, 2)[:, 2:], torch.tensor([[-2.6, 0.0], [0.03989, 0.149]]), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", ["nf4:g64", "nf4:g64@int8:g64", "int8:row@int8", "int8:row@int8:t6"])
+def test_an_input_that_is_not_finite_never_gives_finite_outputs(scheme, bad):
+    format, _, activation = scheme.partition("@")
+    x = torch.randn(2, 128)
+    x[1, 5] = bad
+    y = linear(x, quantize(torch.randn(16, 128), format), activation=activation or None)
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
 
 
 def test_a_bias_of_wrong_length_is_refused():

@@ -178,29 +178,43 @@ class Format:
 
 @dataclass(frozen=True)
 class Activation:
-    """LLM.int8() (arXiv 2208.07339): inputs are quantized to int8 per row, on the fly.
+    """Inputs are quantized to int8 on the fly, and multiplied in int8.
 
-    Columns holding an element of magnitude `threshold` or more stay in 16 bit (float32 for float32
-    input); 0 turns that off. Spelled `int8:t6`, or `int8` when off.
+    With weights in int8:row this is LLM.int8() (arXiv 2208.07339): one scale per row of the input, and
+    columns holding an element of magnitude `threshold` or more stay in 16 bit (float32 for float32 input);
+    0 turns that off. With codes of up to 4 bits, as llama.cpp always computes: one scale per `group` columns
+    of a row of the input, or per row where `group` is 0; no outliers.
+
+    Spelled `int8`, `int8:t6`, `int8:g64`.
     """
 
     threshold: float = 0.0
+    group: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise ValueError(f"the outlier threshold is a number of at least 0, got {self.threshold!r}")
+        if self.group < 0 or self.group % 8 or (self.group and self.threshold):
+            raise ValueError(
+                f"activations are quantized in groups of 8, 16, 24, … columns without outlier threshold, got "
+                f"groups of {self.group!r} and threshold {self.threshold!r}"
+            )
 
     def __str__(self) -> str:
+        if self.group:
+            return f"int8:g{self.group}"
         return f"int8:t{self.threshold!r}".removesuffix(".0") if self.threshold else "int8"
 
     @staticmethod
     def parse(text: str) -> Activation:
-        found = re.fullmatch(r"int8(?::t([0-9][0-9.e+-]*))?", text)
+        found = re.fullmatch(r"int8(?::t([0-9][0-9.e+-]*)|:g([1-9][0-9]{0,6}))?", text)
         try:
-            return Activation(float(found[1] or 0)) if found else Activation(math.nan)
+            return Activation(float(found[1] or 0), int(found[2] or 0)) if found else Activation(math.nan)
         except ValueError:
             raise ValueError(
-                f"cannot read the activation {text!r}: write 'int8' or, with an outlier threshold, 'int8:t6'"
+                f"cannot read the activation {text!r}: write 'int8', 'int8:t6' with a threshold (for "
+                "weights in int8:row), or 'int8:g64' with a group size, a multiple of 8 (for weights of up to "
+                "4 bits)"
             ) from None
 
 
@@ -219,11 +233,20 @@ class Scheme:
     storage_dtype: str = "uint8"
 
     def __post_init__(self) -> None:
-        if self.activation is not None and (self.weight.family, str(self.weight.group)) != ("int8", "row"):
+        if self.activation is None or self.is_llm_int8:
+            return
+        if self.weight.codebook.bits > 4 or self.weight.offset or self.activation.threshold:
             raise ValueError(
-                f"int8 activations need weights in int8:row, got {self.weight}; "
-                f"write int8:row@{self.activation}, or {self.weight} alone"
+                f"{self.weight} cannot be multiplied with activations in {self.activation}: int8 and int8:t6 "
+                "take weights in int8:row, int8 and int8:g64 weights of up to 4 bits without offset; write "
+                f"int8:row@{Activation(self.activation.threshold)}, or {self.weight} alone"
             )
+
+    @property
+    def is_llm_int8(self) -> bool:
+        """Both sides in int8 with one scale a row: LLM.int8()."""
+        rows = (self.weight.family, str(self.weight.group), self.weight.zero) == ("int8", "row", False)
+        return self.activation is not None and rows and not self.activation.group
 
     def __str__(self) -> str:
         return f"{self.weight}@{self.activation}" if self.activation else str(self.weight)

@@ -63,6 +63,7 @@ def quantize_model(
             value = source.get_parameter(weight)
             if not value.is_meta and name not in tied:
                 layer.store(fill(layer, weight, value.detach(), f"{name}.{weight}"))
+        layer.use_huge_pages()
         model.set_submodule(name, layer)
     for target, source_name in tied.items():
         share(model, target, source_name)

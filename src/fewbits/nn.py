@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits import machine, ops
 from fewbits.format import Part, Scheme
 from fewbits.tensor import DTYPES, QuantizedTensor
 
@@ -56,6 +57,7 @@ class QuantModule(nn.Module, ABC):
         self.scheme, self._spelling = scheme, str(scheme)
         self._names: dict[str, dict[str, str]] = {}
         self._codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._fixed: tuple[tuple[int, ...], Callable[[Tensor], Tensor | None] | None] = ((), None)
 
     def weights(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Quantized weights of this layer: name → (shape of one quantized tensor, dtype it decodes to).
@@ -91,6 +93,15 @@ class QuantModule(nn.Module, ABC):
         """Take over what `stored` returned."""
         for attribute, tensor in tensors.items():
             self._register(attribute, tensor)
+
+    def use_huge_pages(self) -> None:
+        """Move large codes on the CPU to memory that is read faster (`machine.huge_pages`); same values."""
+        for weight in self.weights():
+            codes = getattr(self, self._attribute(weight, "codes"))
+            if codes.is_cpu and codes.nbytes >= machine.HUGE_PAGE:
+                memory, start = machine.huge_pages(codes.nbytes)
+                moved = torch.frombuffer(memory, dtype=codes.dtype, count=codes.numel(), offset=start)
+                codes.data = moved.view(codes.shape).copy_(codes.detach())
 
     def to_storage(self, codes: Tensor) -> Tensor:
         """Codes as one column, their bytes viewed as `storage_dtype`; the same memory."""
@@ -205,6 +216,10 @@ class QuantLinear(QuantModule, nn.Linear):
         return None if name is None else getattr(torch, name)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and ops.is_plain(x, self.bias):
+            plain = self._plain_forward(x)
+            if plain is not None:
+                return plain
         dtype = x.dtype
         computed = self.compute_dtype
         place = x.device.type
@@ -214,6 +229,20 @@ class QuantLinear(QuantModule, nn.Linear):
         x = x if computed is None else x.to(computed)
         y: Tensor = torch.ops.fewbits.linear.default(x, self._parts(), self.bias, self._spelling, shape)
         return y.to(dtype)
+
+    def _plain_forward(self, x: Tensor) -> Tensor | None:
+        """The product without torch's dispatcher, which takes longer than a small layer; None: not here."""
+        if self.scheme.compute_dtype is not None and self.compute_dtype != x.dtype:
+            return None
+        parameters, buffers = self._parameters, self._buffers
+        tensors = [parameters.get(name, buffers.get(name)) for name in self.part_names("weight").values()]
+        tensors.append(self.bias)
+        # The addresses say whether the parts are still the ones that `_fixed` was made for.
+        places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        if places != self._fixed[0]:
+            self._fixed = (places, ops.fixed_linear(self.quantized_weight(), self.bias, self.scheme))
+        fixed = self._fixed[1]
+        return None if fixed is None else fixed(x)
 
     def extra_repr(self) -> str:
         return (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def linear(
 ) -> Tensor:
     """x [..., in] · decode(weight [out, in])ᵀ + bias [out], in x's dtype.
 
-    `activation` "int8:t6" multiplies by LLM.int8() (weights in int8:row). Gradients flow to x and bias.
+    `activation` "int8:t6" multiplies by LLM.int8() (weights in int8:row), "int8:g64" quantizes x in groups of
+    64 columns (weights of up to 4 bits). Gradients flow to x and bias, as if x had not been rounded.
     """
     scheme = str(weight.format) + (f"@{activation}" if activation else "")
     parts = list(weight.parts().values())
@@ -69,6 +70,36 @@ def embedding(indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype | Non
         indices, parts, str(weight.format), weight.shape, dtype or weight.dtype
     )
     return result
+
+
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Nothing is watching: no gradient, autocast, tracing or mode of torch has a part in this op."""
+    if type(x) is not Tensor or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    modes: Any = torch._C
+    return (
+        modes._len_torch_dispatch_stack() == 0
+        and modes._functorch.peek_interpreter_stack() is None
+        and modes._get_tracing_state() is None
+    )
+
+
+def fixed_linear(
+    weight: QuantizedTensor, bias: Tensor | None, scheme: Scheme
+) -> Callable[[Tensor], Tensor | None] | None:
+    """x → `linear(x, weight, bias)` with all that does not depend on x worked out before, for plain x only.
+
+    None when no backend has a short way for this weight; the function returns None when there is none for an
+    x. It holds the addresses of the parts and of the bias, and keeps nothing alive.
+    """
+    op = "linear" if scheme.activation is None else "linear_int8" if scheme.is_llm_int8 else "linear_a8"
+    kernels = backends.choose(op, weight.format, weight.device)
+    make = getattr(kernels, "fixed_linear", None)
+    return (
+        None if make is None else cast("Callable[[Tensor], Tensor | None] | None", make(weight, bias, scheme))
+    )
 
 
 # --- implementations --------------------------------------------------------------------------------
@@ -98,10 +129,13 @@ def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, scheme: str, sh
     parsed = _scheme(scheme)
     _check_places(x, parts, bias, shape)
     weight = _checked(x, parts, parsed.weight, shape, 1)
-    if parsed.activation is None:
-        return backends.choose("linear", weight.format, x.device).linear(x, weight, bias)
-    kernels = backends.choose("linear_int8", weight.format, x.device)
-    return kernels.linear_int8(x, weight, bias, parsed.activation.threshold)
+    activation, format = parsed.activation, weight.format
+    if activation is None:
+        return backends.choose("linear", format, x.device).linear(x, weight, bias)
+    if parsed.is_llm_int8:
+        kernels = backends.choose("linear_int8", format, x.device)
+        return kernels.linear_int8(x, weight, bias, activation.threshold)
+    return backends.choose("linear_a8", format, x.device).linear_a8(x, weight, bias, activation.group)
 
 
 def _linear_backward(grad: Tensor, parts: list[Tensor], format: str, shape: Sequence[int]) -> Tensor:

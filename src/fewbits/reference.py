@@ -135,6 +135,28 @@ def linear_int8(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, thresho
     return result
 
 
+def linear_a8(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, group: int) -> Tensor:
+    """x [..., in], rounded to int8 (see `rounded_to_int8`), times decode(weight [out, in])ᵀ, plus bias [out].
+
+    Kernels multiply the codes of x with the codebook rounded to int8.
+    """
+    return linear(rounded_to_int8(x, group), weight, bias)
+
+
+def rounded_to_int8(x: Tensor, group: int) -> Tensor:
+    """x [..., in] as int8 activations stand for it, in its dtype: multiples of absmax / 127.
+
+    The absmax is that of each run of `group` columns of a row, or of the row where `group` is 0.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    width = group or max(rows.shape[-1], 1)
+    runs = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % width)).unflatten(-1, (-1, width))
+    absmax = runs.abs().amax(-1, keepdim=True)
+    codes = torch.round(runs * (127 / absmax.clamp(min=_TINY * 127))).clamp(-127, 127)
+    rounded: Tensor = (codes * (absmax / 127)).flatten(-2)[:, : rows.shape[-1]]
+    return rounded.reshape(x.shape).to(x.dtype)
+
+
 def embedding(indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Rows `indices` [...] of weight [rows, columns] → [..., columns] in `dtype`; decodes only those."""
     wanted, columns = indices.reshape(-1), weight.shape[-1]

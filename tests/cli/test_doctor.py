@@ -46,7 +46,7 @@ class TestCommand:
         assert {"fewbits", "python", "torch", "transformers", "bitsandbytes"} <= set(report["versions"])
         assert report["cpu"]["usable_cores"] >= 1
         assert 0 < report["memory"]["available"] <= report["memory"]["total"]
-        assert report["backends"]["linear"]["reference"] == "used"
+        assert "used" in report["backends"]["linear"].values()
         assert report["environment"]["HF_HOME"] == "/somewhere"
         problems = [finding["problem"] for finding in report["findings"]]
         assert any("OMP_NUM_THREADS=4096" in problem for problem in problems)

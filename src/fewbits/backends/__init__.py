@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fewbits import reference
+from fewbits.backends import cpu
 from fewbits.format import Format
 from fewbits.tensor import QuantizedTensor
 
-OPS = ("quantize", "dequantize", "linear", "linear_backward", "linear_int8", "embedding")
+OPS = ("quantize", "dequantize", "linear", "linear_backward", "linear_int8", "linear_a8", "embedding")
 
 
 class Kernels(Protocol):
@@ -30,19 +31,27 @@ class Kernels(Protocol):
     def linear_int8(
         self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, threshold: float
     ) -> Tensor: ...
+    def linear_a8(self, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, group: int) -> Tensor: ...
     def embedding(self, indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of kernels; `refuse(op, format, device)` returns why not, or None when it supports the case."""
+    """A set of kernels; `refuse(op, format, device)` returns why not, or None when it supports the case.
+
+    `instruction_sets` tells which one its kernels run on, and why not the others: name → reason or "used".
+    """
 
     name: str
     kernels: Kernels
     refuse: Callable[[str, Format, torch.device], str | None]
+    instruction_sets: Callable[[], dict[str, str]] | None = None
 
 
-BACKENDS: tuple[Backend, ...] = (Backend("reference", reference, lambda op, format, device: None),)
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", cpu, cpu.refuse, cpu.instruction_sets),
+    Backend("reference", reference, lambda op, format, device: None),
+)
 
 
 def choose(op: str, format: Format, device: torch.device) -> Kernels:
@@ -51,7 +60,10 @@ def choose(op: str, format: Format, device: torch.device) -> Kernels:
 
 
 def explain(format: Format | str, device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:
-    """For every op: each backend in order, with "used", why it was refused, or "not reached"."""
+    """For every op: each backend in order, with "used", why it was refused, or "not reached".
+
+    Under "instruction set" the same for those that the kernels of a backend in use were compiled for.
+    """
     format, device = Format.parse(format), torch.device(device)
     answer: dict[str, dict[str, str]] = {}
     for op in OPS:
@@ -59,4 +71,7 @@ def explain(format: Format | str, device: torch.device | str = "cpu") -> dict[st
         for backend in BACKENDS:
             taken = "used" in row.values()
             row[backend.name] = "not reached" if taken else backend.refuse(op, format, device) or "used"
+    for backend in BACKENDS:
+        if backend.instruction_sets and any(answer[op][backend.name] == "used" for op in OPS):
+            answer["instruction set"] = backend.instruction_sets()
     return answer

@@ -20,7 +20,15 @@ import fewbits
 from fewbits.backends import explain
 from fewbits.cli.common import AsJson, FailedCheckError, format_bytes, print_json, results
 from fewbits.integrations import owns_bitsandbytes
-from fewbits.machine import accelerators, cpu_flags, cpu_name, cpu_quota, memory, usable_cores
+from fewbits.machine import (
+    accelerators,
+    cpu_flags,
+    cpu_name,
+    cpu_quota,
+    memory,
+    openmp_runtimes,
+    usable_cores,
+)
 
 # Oldest versions that fewbits works with; pyproject.toml says the same.
 OLDEST = {"torch": "2.8", "transformers": "5.10", "safetensors": "0.5", "accelerate": "1.1"}
@@ -30,7 +38,6 @@ _FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
     *("avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
-_OPENMP = re.compile(r"\S*/(lib(?:gomp|iomp5?|omp)[^/]*\.(?:so|dylib)\S*)")
 _VARIABLES = ("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES")
 
 
@@ -153,9 +160,8 @@ def _version(name: str) -> str | None:
 
 def _openmp_runtimes() -> list[str]:
     """Files of the OpenMP runtimes in this process, in which torch and transformers are loaded."""
-    maps = Path("/proc/self/maps")
-    if maps.is_file():
-        return sorted({found[0] for found in _OPENMP.finditer(maps.read_text())})
+    if Path("/proc/self/maps").is_file():
+        return sorted(openmp_runtimes())
     if importlib.util.find_spec("threadpoolctl") is None:
         return []
     pools = importlib.import_module("threadpoolctl").threadpool_info()
@@ -206,6 +212,10 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "accelerators", "none that torch can use"
     for name, why in facts["backends"]["linear"].items():
         yield f"backend {name}", f"{why}; plain PyTorch" if name == "reference" else why
+    sets = facts["backends"].get("instruction set", {})
+    if sets:
+        used = next(name for name, state in sets.items() if state == "used")
+        yield "kernels for", f"{used} (there are {', '.join(sets)})"
     threads = facts["threads"]
     yield "threads", f"{threads['torch']} of torch"
     yield "OpenMP", ", ".join(threads["openmp"]) or "no runtime found"

@@ -266,6 +266,7 @@ class FewbitsQuantizer(HfQuantizer):
             for weight in layer.weights():
                 for attribute in layer.part_names(weight).values():
                     getattr(layer, attribute).requires_grad_(False)
+            layer.use_huge_pages()
         for target, source in placing.tied_modules(model):
             placing.share(model, target, source)
         give_back_free_memory()

@@ -1,0 +1,97 @@
+"""fewbits itself: `variant` is a scheme ("nf4:g64", "int8:row@int8:t6"), or "layer " and a scheme."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+import fewbits
+from bench.libraries import RefusedError, Task, Work
+from fewbits import backends
+from fewbits.nn import QuantLinear
+
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+torch.set_grad_enabled(False)
+
+
+def versions() -> dict[str, str]:
+    found = {"fewbits": fewbits.__version__, "torch": torch.__version__}
+    if "FEWBITS_ISA" not in os.environ:
+        answers = backends.explain("nf4:g64")["linear"]
+        used = next(f"{name}{answer[4:]}" for name, answer in answers.items() if answer.startswith("used"))
+        refusals = [
+            f"{name}: {answer}" for name, answer in answers.items() if used == "reference" and name != used
+        ]
+        found["fewbits computes with"] = "; ".join([used, *refusals])
+    return found
+
+
+def prepare(task: Task) -> Work:
+    return {"linear": linear, "dequantize": dequantize, "quantize": quantize}[task.work](task)
+
+
+def linear(task: Task) -> Work:
+    kind, _, spelling = task.variant.rpartition(" ")
+    weight_format, _, activation = spelling.partition("@")
+    try:
+        scheme = fewbits.Scheme.parse(spelling)
+    except ValueError as reason:
+        raise RefusedError(f"not in this version: {reason}") from None
+    stored = fewbits.quantize(torch.from_numpy(task.read_weight()).bfloat16(), weight_format)
+    copies = [copy_of(stored) for _ in range(task.copies(stored.nbytes))]
+    inputs: list[torch.Tensor] = []
+
+    def set_input(x: np.ndarray) -> None:
+        inputs[:] = [torch.from_numpy(x).to(DTYPES[task.x])]
+
+    if kind == "layer":
+        layers = [layer_of(copy, scheme) for copy in copies]
+
+        def run(i: int) -> Any:
+            return layers[i](inputs[0])
+    elif activation:
+
+        def run(i: int) -> Any:
+            return fewbits.linear(inputs[0], copies[i], activation=activation)
+    else:
+
+        def run(i: int) -> Any:
+            return fewbits.linear(inputs[0], copies[i])
+
+    return Work(
+        run,
+        len(copies),
+        stored.nbytes,
+        set_input,
+        lambda: run(0).float().numpy(),
+        lambda: stored.dequantize(torch.float32).numpy(),
+    )
+
+
+def copy_of(weight: fewbits.QuantizedTensor) -> fewbits.QuantizedTensor:
+    parts = {name: part.clone() for name, part in weight.parts().items()}
+    return fewbits.QuantizedTensor.from_parts(parts, weight.format, weight.shape, weight.dtype)
+
+
+def layer_of(weight: fewbits.QuantizedTensor, scheme: fewbits.Scheme) -> torch.nn.Module:
+    rows, columns = weight.shape
+    layer = QuantLinear(columns, rows, False, scheme, dtype=weight.dtype)
+    layer.store(layer.stored("weight", [weight]))
+    return layer.eval()
+
+
+def dequantize(task: Task) -> Work:
+    stored = fewbits.quantize(torch.from_numpy(task.read_weight()).bfloat16(), task.variant)
+    # Each result is a fresh tensor, as in use; torch's allocator hands the same memory out again.
+    copies = [copy_of(stored) for _ in range(task.copies(stored.nbytes))]
+    return Work(lambda i: copies[i].dequantize(torch.bfloat16), len(copies), stored.nbytes)
+
+
+def quantize(task: Task) -> Work:
+    weight = torch.from_numpy(task.read_weight()).bfloat16()
+    nbytes = weight.numel() * 2
+    copies = [weight.clone() for _ in range(task.copies(nbytes))]
+    return Work(lambda i: fewbits.quantize(copies[i], task.variant), len(copies), nbytes)

@@ -1,0 +1,506 @@
+// y = x · decode(W)ᵀ + bias for codes of up to 4 bits, on tiles (tile.h).
+//
+// A unit is a run of columns of a row with one scale. Within it codes are looked up in a table and multiplied
+// with x; the sum is multiplied with the scale once, in float32:
+//
+//   y[row] = Σ over units of scale · (Σ table[code] · x - zero · Σ x)
+//
+// A Product says in which numbers the inner sum is taken: float32 (any x), 16 bit (bfloat16 x, table rounded
+// to bfloat16), int8 (x quantized). STRIP vectors of rows of W are multiplied with up to X_ROWS rows of x at a
+// time: as many as there are registers for sums, so that every value that is loaded serves several products.
+constexpr int STRIP = 2;
+constexpr int X_ROWS = LANES == 16 ? 12 : 4;
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// What a product does. An operand is what one step multiplies a vector of weights with, ELEMENTS values of x;
+// `nibble` says which codes of a word (counted from the lowest bits) they belong to, and `place` which codes of
+// LANES words, where columns lie in the lanes (rows.h).
+struct FloatProduct {
+  using Sum = F;
+  using Raw = I;
+  using Decoded = F;
+  using Operand = float;
+  using Tables = Table16;
+  static constexpr int OPERANDS = 8, ELEMENTS = 1;
+  static constexpr int nibble(int operand, int) { return operand; }
+  static constexpr int place(int operand, int, int lane) { return CHUNK * lane + operand; }
+  static inline Tables tables(const float *values) { return make_table(values); }
+  static inline Raw fetch(const uint8_t *codes) { return load_int(codes); }
+  template <int OPERAND>
+  static inline Decoded decode(Raw raw, const Tables &tables) {
+    return look_up(tables, shift_right<4 * OPERAND>(raw));
+  }
+  static inline Sum start(const int32_t *) { return set(0.0f); }
+  static inline Sum start_lanes(const int32_t *) { return set(0.0f); }
+  static inline Sum multiply(Sum sum, Decoded weights, const Operand *x) { return fma(weights, set(*x), sum); }
+  static inline Sum multiply_lanes(Sum sum, Decoded weights, const Operand *x) { return fma(weights, load(x), sum); }
+  static inline Sum both(Sum a, Sum b) { return add(a, b); }
+  static inline F total(Sum sum) { return sum; }
+  static inline Operand convert(const float *values) { return values[0]; }
+};
+
+struct ByteProduct {
+  using Sum = I;
+  using Raw = B;
+  using Decoded = B;
+  using Operand = uint32_t;  // four int8
+  using Tables = ByteTable;
+  static constexpr int OPERANDS = 2, ELEMENTS = 4;
+  static constexpr int nibble(int operand, int element) { return 2 * element + operand; }
+  static constexpr int place(int operand, int element, int lane) { return CHUNK * lane + nibble(operand, element); }
+  static inline Tables tables(const float *values) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)((int)(values[i] + (values[i] < 0 ? -0.5f : 0.5f)) + WEIGHT_BIAS);
+    return make_byte_table(bytes);
+  }
+  static inline Raw fetch(const uint8_t *codes) { return load_bytes(codes); }
+  template <int OPERAND>
+  static inline Decoded decode(Raw raw, const Tables &tables) {
+    return OPERAND ? look_up_high(tables, raw) : look_up_low(tables, raw);
+  }
+  static inline Sum start(const int32_t *excess) { return set_int(*excess); }
+  static inline Sum start_lanes(const int32_t *excess) { return excess ? load_int(excess) : set_int(0); }
+  static inline Sum multiply(Sum sum, Decoded weights, const Operand *x) {
+    return dot_bytes(sum, weights, repeat_bytes(x));
+  }
+  static inline Sum multiply_lanes(Sum sum, Decoded weights, const Operand *x) {
+    return dot_bytes(sum, weights, load_bytes(x));
+  }
+  static inline Sum both(Sum a, Sum b) { return add_int(a, b); }
+  static inline F total(Sum sum) { return to_float(sum); }
+  static inline Operand convert(const float *values) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; i++) word |= (uint32_t)(uint8_t)(int8_t)(int)values[i] << (8 * i);
+    return word;
+  }
+};
+
+#if defined(__AVX512BF16__)
+#include "pairs.h"
+using LanePairProduct = PairProduct;
+constexpr int64_t LANE_PAIR_LEAST_UNIT = CHUNK;
+constexpr int32_t PRODUCTS = 1 << PRODUCT_F32 | 1 << PRODUCT_16BIT | 1 << PRODUCT_INT8;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#include "planes.h"
+using PairProduct = FloatProduct;
+using LanePairProduct = PlaneProduct;
+constexpr int64_t LANE_PAIR_LEAST_UNIT = PlaneProduct::LEAST_UNIT;
+constexpr int32_t PRODUCTS = 1 << PRODUCT_F32 | 1 << PRODUCT_16BIT | 1 << PRODUCT_INT8;
+#else
+using PairProduct = FloatProduct;
+using LanePairProduct = FloatProduct;
+constexpr int64_t LANE_PAIR_LEAST_UNIT = CHUNK;
+constexpr int32_t PRODUCTS = 1 << PRODUCT_F32 | 1 << PRODUCT_INT8;
+#endif
+
+// Bytes of x for one word of codes, for the driver.
+constexpr int32_t PAIR_BYTES = PairProduct::OPERANDS * (int32_t)sizeof(PairProduct::Operand);
+static_assert(PAIR_BYTES == LanePairProduct::OPERANDS * (int32_t)sizeof(LanePairProduct::Operand), "one size for both");
+
+// --- x ----------------------------------------------------------------------------------------------
+
+static inline float element(const void *values, int64_t place, int32_t dtype) {
+  float lanes;
+  if (dtype == FEWBITS_F32) return ((const float *)values)[place];
+  uint16_t half = ((const uint16_t *)values)[place];
+  if (dtype == FEWBITS_F16) return f16_to_float(half);
+  uint32_t word = (uint32_t)half << 16;
+  __builtin_memcpy(&lanes, &word, 4);
+  return lanes;
+}
+
+// A row of x as floats, with zeros up to a multiple of LANES + 16.
+static inline void row_floats(const void *x, int64_t start, int64_t count, int32_t dtype, float *out) {
+  int64_t i = 0;
+  if (dtype == FEWBITS_F32) {
+    if (count) __builtin_memcpy(out, (const float *)x + start, (size_t)count * 4);
+    i = count;
+  } else {
+    const uint16_t *from = (const uint16_t *)x + start;
+    for (; i + LANES <= count; i += LANES) store(out + i, dtype == FEWBITS_BF16 ? load_bf16(from + i) : load_f16(from + i));
+    for (; i < count; i++) out[i] = element(x, start + i, dtype);
+  }
+  for (int64_t end = ceil_div(count, 16) * 16 + 16; i < end; i++) out[i] = 0.0f;
+}
+
+// Rounds values to integers of at most 127 and returns what one of them stands for.
+static inline float quantize_run(float *values, int64_t count) {
+  F most = set(0.0f), probe = set(0.0f);  // the probe is NaN once a value is not finite
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    F value = load(values + i);
+    most = max(most, abs(value));
+    probe = add(probe, sub(value, value));
+  }
+  float absmax = largest(most), check = sum(probe);
+  for (int64_t j = i; j < count; j++) {
+    float magnitude = values[j] < 0 ? -values[j] : values[j];
+    absmax = magnitude > absmax ? magnitude : absmax;
+    check += values[j] - values[j];
+  }
+  float scale = absmax / 127.0f + check, inverse = absmax > 1e-36f ? 127.0f / absmax : 0.0f;
+  F most_code = set(127.0f), least_code = set(-127.0f);
+  for (i = 0; i < count; i += LANES) {  // past `count` lies room, or the next run before its turn
+    float part[LANES];
+    int64_t n = smaller(LANES, count - i);
+    __builtin_memcpy(part, values + i, (size_t)n * 4);
+    store(part, max(min(round(mul(load(part), set(inverse))), most_code), least_code));
+    __builtin_memcpy(values + i, part, (size_t)n * 4);
+  }
+  return scale;
+}
+
+struct Block {
+  int64_t first, rows;  // of x
+};
+
+static inline Block x_block(int64_t m, int64_t block, int64_t index) {
+  int64_t blocks = ceil_div(m, block), first = m * index / blocks;
+  return {first, m * (index + 1) / blocks - first};
+}
+
+static inline int64_t block_of(int64_t m, int64_t block, int64_t row) {
+  int64_t index = row * ceil_div(m, block) / m;
+  while (x_block(m, block, index).first + x_block(m, block, index).rows <= row) index++;
+  return index;
+}
+
+// A row of x for rows.h: operands [blocks][OPERANDS][rows][LANES], with what int8 needs of every lane.
+template <class P>
+static void pack_lanes(const PackTask &t, int64_t m, const float *row) {
+  int64_t blocks = ceil_div(ceil_div(t.columns, CHUNK), LANES), flip = t.high_first ? 1 : 0;
+  typename P::Operand *out = (typename P::Operand *)t.packed;
+  float last[CHUNK * LANES];
+  for (int64_t block = 0; block < blocks; block++) {
+    const float *from = row + block * CHUNK * LANES;
+    int64_t rest = t.columns - block * CHUNK * LANES;
+    if (rest < CHUNK * LANES) {
+      for (int64_t i = 0; i < CHUNK * LANES; i++) last[i] = i < rest ? from[i] : 0.0f;
+      from = last;
+    }
+    for (int j = 0; j < P::OPERANDS; j++) {
+      typename P::Operand *to = out + ((block * P::OPERANDS + j) * t.m + m) * LANES;
+      for (int lane = 0; lane < LANES; lane++) {
+        float values[4] = {0};
+        UNROLL for (int e = 0; e < P::ELEMENTS; e++) values[e] = from[P::place(j, e, lane) ^ flip];
+        to[lane] = P::convert(values);
+      }
+    }
+    for (int lane = 0; P::ELEMENTS == 4 && lane < LANES; lane++) {
+      int64_t side = (block * t.m + m) * LANES + lane, word = block * LANES + lane;
+      float total = 0.0f;
+      for (int i = 0; i < CHUNK; i++) total += from[lane * CHUNK + i];
+      t.excess[side] = -WEIGHT_BIAS * (int32_t)total;
+      t.scales[side] = word * CHUNK < t.columns ? t.unit_scales[word * CHUNK / t.unit * t.m + m] : 0.0f;
+    }
+  }
+}
+
+// What a row needs beside its operands: scales of int8 activations, sums over units. Quantizes `row` for int8.
+static void pack_side(const PackTask &t, int64_t first_row, int64_t rows, int64_t place, float *row) {
+  int64_t units = ceil_div(t.columns, t.unit);
+  bool byte = t.kind == PRODUCT_INT8;
+  float scale = byte && !t.group ? quantize_run(row, t.columns) : 1.0f;
+  for (int64_t u = 0; u < units && (byte || t.sums); u++) {
+    int64_t start = u * t.unit, count = smaller(t.unit, t.columns - start), at = first_row * units + u * rows + place;
+    if (byte && t.group && start % t.group == 0) scale = quantize_run(row + start, smaller(t.group, t.columns - start));
+    float total = 0.0f;
+    for (int64_t i = 0; i < count; i++) total += row[start + i];
+    if (byte) t.unit_scales[at] = scale;
+    if (t.sums) t.sums[at] = total;
+    if (byte && !t.lanes) t.excess[at] = -WEIGHT_BIAS * (int32_t)total;
+  }
+}
+
+template <class P>
+static void pack_tiles(const PackTask &t, const Block &block, int64_t place, const float *row) {
+  int64_t chunks = ceil_div(t.columns, CHUNK), flip = t.high_first ? 1 : 0;
+  typename P::Operand *out = (typename P::Operand *)t.packed + block.first * chunks * P::OPERANDS + place;
+  for (int64_t c = 0; c < chunks; c++) {
+    const float *from = row + c * CHUNK;
+    UNROLL for (int j = 0; j < P::OPERANDS; j++) {
+      float values[4];
+      UNROLL for (int e = 0; e < P::ELEMENTS; e++) values[e] = from[P::nibble(j, e) ^ flip];
+      out[(c * P::OPERANDS + j) * block.rows] = P::convert(values);
+    }
+  }
+}
+
+template <class Tiles, class Lanes>
+static void pack_rows(const PackTask &t, const Piece &piece) {
+  float *row = (float *)piece.scratch;
+  for (int64_t m = piece.begin; m < piece.end; m++) {
+    Block block = x_block(t.m, t.block, block_of(t.m, t.block, m));
+    row_floats(t.x, m * t.x_stride, t.columns, t.dtype, row);
+    pack_side(t, block.first, block.rows, m - block.first, row);
+    if (t.lanes) {
+      pack_lanes<Lanes>(t, m, row);
+    } else {
+      pack_tiles<Tiles>(t, block, m - block.first, row);
+    }
+  }
+}
+
+// Whether pairs are multiplied as such: some products in lanes need units of several words.
+static inline bool in_pairs(const PackTask &t) {
+  return t.kind == PRODUCT_16BIT && (!t.lanes || t.unit >= LANE_PAIR_LEAST_UNIT);
+}
+
+static void pack_x(const void *pack_task, const Piece &piece) {
+  const PackTask &t = *(const PackTask *)pack_task;
+  if (t.kind == PRODUCT_INT8) return pack_rows<ByteProduct, ByteProduct>(t, piece);
+  if (in_pairs(t)) return pack_rows<PairProduct, LanePairProduct>(t, piece);
+  pack_rows<FloatProduct, FloatProduct>(t, piece);
+}
+
+// --- W · x ------------------------------------------------------------------------------------------
+
+// STRIP (or fewer) vectors of rows against one block of x, over some units.
+struct Strip {
+  const uint8_t *codes[STRIP];                // from the first unit on
+  const float *scale[STRIP], *zero[STRIP];    // [units][16]; zero: or null
+  float *totals[STRIP];                       // [C][LANES] each: sums of the units before, and after
+  const uint8_t *x;                           // of the block, from the first unit on
+  const float *sums, *scales;                 // [units][C] of x, or null
+  const int32_t *excess;                      // what sums of int8 products start with
+  int64_t units, unit, columns;
+};
+
+// One step: the weights of operand J of a chunk, times that operand of every row of x.
+template <class P, int C, int CHAINS, int J>
+static inline __attribute__((always_inline)) void multiply_operand(const typename P::Raw *raw, const typename P::Tables &tables,
+                                                                  const typename P::Operand *x, typename P::Sum *sums) {
+  typename P::Decoded weights[STRIP];
+  UNROLL for (int g = 0; g < STRIP; g++) weights[g] = P::template decode<J>(raw[g], tables);
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int g = 0; g < STRIP; g++) {
+      typename P::Sum &sum = sums[((J % CHAINS) * C + c) * STRIP + g];
+      sum = P::multiply(sum, weights[g], x + J * C + c);
+    }
+  }
+  if constexpr (J + 1 < P::OPERANDS) multiply_operand<P, C, CHAINS, J + 1>(raw, tables, x, sums);
+}
+
+// The same with columns in the lanes (rows.h): operand J of a block is a vector of x for each of its rows.
+template <class P, int C, int R, int J>
+static inline __attribute__((always_inline)) void multiply_lanes(const typename P::Raw *raw, const typename P::Tables &tables,
+                                                                const typename P::Operand *x, typename P::Sum *sums) {
+  typename P::Decoded weights[R];
+  UNROLL for (int r = 0; r < R; r++) weights[r] = P::template decode<J>(raw[r], tables);
+  UNROLL for (int c = 0; c < C; c++) {
+    UNROLL for (int r = 0; r < R; r++)
+      sums[r * C + c] = P::multiply_lanes(sums[r * C + c], weights[r], x + (J * C + c) * LANES);
+  }
+  if constexpr (J + 1 < P::OPERANDS) multiply_lanes<P, C, R, J + 1>(raw, tables, x, sums);
+}
+
+// totals[c][g] += scale · (Σ table[code] · x[c] - zero · Σ x[c]) over unit `u`.
+template <class P, int C>
+static inline __attribute__((always_inline)) void multiply_unit(const Strip &strip, int64_t u, int64_t chunks,
+                                                               const typename P::Tables &tables, F *totals) {
+  // Few sums: several of each, so that a product need not wait for the one before.
+  constexpr int CHAINS = C * STRIP <= 2 ? 2 : 1;
+  int64_t start = u * (strip.unit / CHUNK);
+  const typename P::Operand *x = (const typename P::Operand *)strip.x + start * P::OPERANDS * C;
+  const uint8_t *codes[STRIP];
+  typename P::Sum sums[CHAINS * C * STRIP];
+  UNROLL for (int g = 0; g < STRIP; g++) codes[g] = strip.codes[g] + start * CHUNK_BYTES;
+  UNROLL for (int i = 0; i < CHAINS * C * STRIP; i++) {
+    static const int32_t NOTHING = 0;
+    sums[i] = P::start(i < C * STRIP && strip.excess ? strip.excess + u * C + i / STRIP : &NOTHING);
+  }
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    typename P::Raw raw[STRIP];
+    UNROLL for (int g = 0; g < STRIP; g++) raw[g] = P::fetch(codes[g] + chunk * CHUNK_BYTES);
+    multiply_operand<P, C, CHAINS, 0>(raw, tables, x + chunk * P::OPERANDS * C, sums);
+  }
+  UNROLL for (int g = 0; g < STRIP; g++) {
+    F scale = load(strip.scale[g] + u * TILE_ROWS);
+    UNROLL for (int c = 0; c < C; c++) {
+      typename P::Sum sum = sums[c * STRIP + g];
+      if (CHAINS == 2) sum = P::both(sum, sums[((CHAINS - 1) * C + c) * STRIP + g]);
+      F total = P::total(sum);
+      if (strip.zero[g]) total = sub(total, mul(load(strip.zero[g] + u * TILE_ROWS), set(strip.sums[u * C + c])));
+      totals[c * STRIP + g] = fma(total, strip.scales ? mul(scale, set(strip.scales[u * C + c])) : scale, totals[c * STRIP + g]);
+    }
+  }
+}
+
+template <class P, int C>
+static __attribute__((noinline)) void multiply_strip(const Strip &strip, const typename P::Tables &given) {
+  const typename P::Tables tables = given;
+  F totals[C * STRIP];
+  UNROLL for (int i = 0; i < C * STRIP; i++) totals[i] = load(strip.totals[i % STRIP] + i / STRIP * LANES);
+  for (int64_t u = 0; u < strip.units; u++) {
+    int64_t columns = smaller(strip.unit, strip.columns - u * strip.unit);
+    multiply_unit<P, C>(strip, u, (columns + CHUNK - 1) / CHUNK, tables, totals);
+  }
+  UNROLL for (int i = 0; i < C * STRIP; i++) store(strip.totals[i % STRIP] + i / STRIP * LANES, totals[i]);
+}
+
+template <class P>
+using MultiplyStrip = void (*)(const Strip &strip, const typename P::Tables &tables);
+
+template <class P>
+static inline MultiplyStrip<P> multiply_strip_for(int64_t rows) {
+  static constexpr MultiplyStrip<P> FUNCTIONS[] = {
+      multiply_strip<P, 1>, multiply_strip<P, 2>, multiply_strip<P, 3>, multiply_strip<P, 4>,
+#if defined(__AVX512F__)
+      multiply_strip<P, 5>, multiply_strip<P, 6>, multiply_strip<P, 7>, multiply_strip<P, 8>,
+      multiply_strip<P, 9>, multiply_strip<P, 10>, multiply_strip<P, 11>, multiply_strip<P, 12>,
+#endif
+  };
+  static_assert(sizeof FUNCTIONS / sizeof *FUNCTIONS == X_ROWS, "one function for each count of rows");
+  return FUNCTIONS[rows - 1];
+}
+
+// The table as the product takes it: integers count from their middle, unless zero points are stored.
+static inline void table_values(const fewbits_weight &w, float factor, float *values) {
+  int32_t middle = w.zero ? 0 : w.middle, entries = 1 << w.bits;
+  for (int i = 0; i < 16; i++)
+    values[i] = (w.kind == FEWBITS_TABLE ? w.table[i % entries] : (float)(i % entries - middle)) * factor;
+}
+
+// y of 16 rows of the weight from totals [16 / LANES][C][LANES].
+static void write_tile(const TileTask &t, int64_t row, const Block &block, const float *totals) {
+  const fewbits_product &p = *t.product;
+  int64_t rows = smaller(TILE_ROWS, t.weight->rows - row);
+  float bias[TILE_ROWS] = {0}, line[TILE_ROWS];
+  F shrink = set(t.weight->unit / t.factor);
+  for (int64_t r = 0; p.bias && r < rows; r++) bias[r] = element(p.bias, row + r, p.bias_dtype);
+  for (int64_t c = 0; c < block.rows; c++) {
+    int64_t at = (block.first + c) * p.y_stride + row;
+    uint16_t halves[TILE_ROWS];
+    float *floats = p.y_dtype == FEWBITS_F32 && rows == TILE_ROWS ? (float *)p.y + at : line;
+    uint16_t *half = rows == TILE_ROWS ? (uint16_t *)p.y + at : halves;
+    for (int sub = 0; sub < TILE_ROWS / LANES; sub++) {
+      F total = mul(load(totals + (sub * block.rows + c) * LANES), shrink);
+      F value = add(total, load(bias + sub * LANES));
+      if (p.y_dtype == FEWBITS_F32) store(floats + sub * LANES, value);
+      if (p.y_dtype == FEWBITS_F16) store_f16(half + sub * LANES, value);
+      if (p.y_dtype == FEWBITS_BF16) store_bf16(half + sub * LANES, value);
+    }
+    if (rows == TILE_ROWS) continue;
+    if (p.y_dtype == FEWBITS_F32) {
+      __builtin_memcpy((float *)p.y + at, line, (size_t)rows * 4);
+    } else {
+      __builtin_memcpy((uint16_t *)p.y + at, halves, (size_t)rows * 2);
+    }
+  }
+}
+
+// Memory of a piece of multiply_tiles; linear.cpp counts it.
+struct TileRoom {
+  float *totals;        // [tiles][m][16]
+  float *scale, *zero;  // [tiles][units][16]
+  float *lines;         // [16][units + 64]
+  float *spare;         // [X_ROWS][LANES]
+  uint8_t *codes;       // a cut of each tile of a strip
+  int64_t code_bytes;   // of one of them
+};
+
+static inline TileRoom tile_room(const TileTask &t, const Piece &piece) {
+  uint8_t *memory = piece.scratch;
+  int64_t tiles = piece.end - piece.begin;
+  TileRoom room;
+  room.totals = aligned_floats(memory, tiles * t.pack.m * TILE_ROWS);
+  room.scale = aligned_floats(memory, tiles * t.units * TILE_ROWS);
+  room.zero = aligned_floats(memory, tiles * t.units * TILE_ROWS);
+  room.lines = aligned_floats(memory, TILE_ROWS * (t.units + 64));
+  room.spare = aligned_floats(memory, X_ROWS * LANES);
+  room.codes = memory;
+  room.code_bytes = (ceil_div(t.cut, CHUNK) + TILE_ROWS) * CHUNK_BYTES;
+  __builtin_memset(room.totals, 0, (size_t)(tiles * t.pack.m * TILE_ROWS) * 4);
+  return room;
+}
+
+// Multiplies units [first, first + strip.units) of the vectors of rows from `row` on with all of x. Where the
+// piece ends within the strip, its last vector of rows is multiplied again, to no effect.
+template <class P>
+static void multiply_rows(const TileTask &t, const TileRoom &room, const Piece &piece, int64_t row, int64_t first,
+                          Strip &strip, const uint8_t *const *codes, const typename P::Tables &tables) {
+  const PackTask &pack = t.pack;
+  int64_t chunks = ceil_div(pack.columns, CHUNK), start = first * (t.unit / CHUNK);
+  int64_t blocks = ceil_div(pack.m, pack.block), last = piece.end * TILE_ROWS - LANES, at[STRIP];
+  for (int g = 0; g < STRIP; g++) {
+    at[g] = smaller(row + g * LANES, last);
+    int64_t tile = at[g] / TILE_ROWS, sub = at[g] % TILE_ROWS;
+    int64_t place = ((tile - piece.begin) * t.units + first) * TILE_ROWS + sub;
+    strip.codes[g] = codes[tile - row / TILE_ROWS] + sub * 4;
+    strip.scale[g] = room.scale + place;
+    strip.zero[g] = t.weight->zero ? room.zero + place : nullptr;
+  }
+  for (int64_t b = 0; b < blocks; b++) {
+    Block block = x_block(pack.m, pack.block, b);
+    int64_t side = block.first * t.units + first * block.rows;
+    strip.x = (const uint8_t *)pack.packed +
+              (block.first * chunks + start * block.rows) * P::OPERANDS * (int64_t)sizeof(typename P::Operand);
+    strip.sums = pack.sums ? pack.sums + side : nullptr;
+    strip.scales = pack.unit_scales ? pack.unit_scales + side : nullptr;
+    strip.excess = pack.excess ? pack.excess + side : nullptr;
+    for (int g = 0; g < STRIP; g++) {
+      int64_t tile = at[g] / TILE_ROWS - piece.begin;
+      strip.totals[g] = room.totals + (tile * pack.m + block.first) * TILE_ROWS + at[g] % TILE_ROWS * block.rows;
+      if (g && at[g] == at[g - 1]) strip.totals[g] = room.spare;
+    }
+    multiply_strip_for<P>(block.rows)(strip, tables);
+  }
+}
+
+// The units of a cut, for one tile, or two where a strip is as long.
+template <class P>
+static void multiply_cut(const TileTask &t, const TileRoom &room, const Piece &piece, int64_t tile, int64_t tiles,
+                         int64_t first, const typename P::Tables &tables) {
+  const fewbits_weight &w = *t.weight;
+  Strip strip;
+  strip.unit = t.unit;
+  strip.units = smaller(t.cut / t.unit, t.units - first);
+  strip.columns = smaller(strip.units * t.unit, w.columns - first * t.unit);
+  const uint8_t *codes[STRIP];
+  for (int64_t i = 0; i < tiles; i++)
+    codes[i] = tile_codes(w, (tile + i) * TILE_ROWS, first * (t.unit / CHUNK), ceil_div(strip.columns, CHUNK),
+                          room.codes + i * room.code_bytes);
+  int64_t end = (tile + tiles) * TILE_ROWS;
+  for (int64_t row = tile * TILE_ROWS; row < end; row += STRIP * LANES)
+    multiply_rows<P>(t, room, piece, row, first, strip, codes, tables);
+}
+
+template <class P>
+static void multiply(const TileTask &t, const Piece &piece) {
+  const fewbits_weight &w = *t.weight;
+  TileRoom room = tile_room(t, piece);
+  float values[16];
+  table_values(w, t.factor, values);
+  typename P::Tables tables = P::tables(values);
+  Grid grid = grid_of(w, t.unit);
+  constexpr int64_t TOGETHER = STRIP * LANES > TILE_ROWS ? STRIP * LANES / TILE_ROWS : 1;
+  for (int64_t first = 0; first < t.units; first += t.cut / t.unit) {
+    for (int64_t tile = piece.begin; tile < piece.end; tile += TOGETHER) {
+      int64_t tiles = smaller(TOGETHER, piece.end - tile);
+      for (int64_t i = tile; first == 0 && i < tile + tiles; i++) {
+        int64_t place = (i - piece.begin) * t.units * TILE_ROWS;
+        tile_units(w, grid, i * TILE_ROWS, false, room.scale + place, room.lines);
+        if (w.zero) tile_units(w, grid, i * TILE_ROWS, true, room.zero + place, room.lines);
+      }
+      multiply_cut<P>(t, room, piece, tile, tiles, first, tables);
+    }
+  }
+  int64_t blocks = ceil_div(t.pack.m, t.pack.block);
+  for (int64_t tile = piece.begin; tile < piece.end; tile++) {
+    for (int64_t b = 0; b < blocks; b++) {
+      Block block = x_block(t.pack.m, t.pack.block, b);
+      write_tile(t, tile * TILE_ROWS, block, room.totals + ((tile - piece.begin) * t.pack.m + block.first) * TILE_ROWS);
+    }
+  }
+}
+
+#include "rows.h"
+
+static void multiply_tiles(const void *tile_task, const Piece &piece) {
+  const TileTask &t = *(const TileTask *)tile_task;
+  bool few = t.pack.lanes != 0;
+  if (t.pack.kind == PRODUCT_INT8) return few ? multiply_few<ByteProduct>(t, piece) : multiply<ByteProduct>(t, piece);
+  if (in_pairs(t.pack)) return few ? multiply_few<LanePairProduct>(t, piece) : multiply<PairProduct>(t, piece);
+  few ? multiply_few<FloatProduct>(t, piece) : multiply<FloatProduct>(t, piece);
+}

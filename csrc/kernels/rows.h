@@ -1,0 +1,153 @@
+// y = x · decode(W)ᵀ + bias for one to a few rows of x, with columns in the lanes.
+//
+// Codes are read just as they are stored, one row after the other: a strictly sequential stream, which is what
+// counts when every code is used only once. A lane holds a word of a row, 8 columns, and its products with x;
+// lanes of one unit are scaled together, and the lanes are added up at the end of the row. With more rows of x
+// the scaling, once for each of them, costs more than the transposing of tiles does (linear.h).
+
+constexpr int FEW_ROWS = 4;  // of x
+
+// What a block of LANES words needs of x.
+template <class P>
+struct LanesOfX {
+  const typename P::Operand *x;  // [blocks][OPERANDS][C][LANES]
+  const float *scales;           // [blocks][C][LANES] of int8 activations, or null
+  const int32_t *excess;         // the same, to begin with, or null
+};
+
+// How the scales of a block come from those of the units of a row.
+struct Spread {
+  int64_t units;   // in a block; 0: a block is a part of a unit
+  int shift;       // blocks in a unit, as a power of two, where units == 0
+  I index;         // lane → unit within the block
+};
+
+static inline Spread spread_of(int64_t unit) {
+  int64_t words = unit / CHUNK;
+  int32_t index[LANES];
+  for (int i = 0; i < LANES; i++) index[i] = words < LANES ? (int32_t)(i / words) : 0;
+  int64_t blocks = words < LANES ? 0 : words / LANES;
+  return {words < LANES ? LANES / words : 0, blocks > 1 ? __builtin_ctzll((uint64_t)blocks) : 0, load_int(index)};
+}
+
+static inline F block_scales(const Spread &spread, const float *line, int64_t block) {
+  return spread.units ? pick(line + block * spread.units, spread.index) : set(line[block >> spread.shift]);
+}
+
+// totals[r][c] += one block of R rows of W times C rows of x.
+template <class P, int C, int R>
+static inline __attribute__((always_inline)) void multiply_block(const uint8_t *const *codes, const F *scale,
+                                                                const typename P::Tables &tables, const LanesOfX<P> &x,
+                                                                int64_t block, F *totals) {
+  typename P::Raw raw[R];
+  typename P::Sum sums[R * C];
+  UNROLL for (int r = 0; r < R; r++) raw[r] = P::fetch(codes[r]);
+  UNROLL for (int i = 0; i < R * C; i++) sums[i] = P::start_lanes(x.excess ? x.excess + (block * C + i % C) * LANES : nullptr);
+  multiply_lanes<P, C, R, 0>(raw, tables, x.x + block * P::OPERANDS * C * LANES, sums);
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int c = 0; c < C; c++) {
+      F by = x.scales ? mul(scale[r], load(x.scales + (block * C + c) * LANES)) : scale[r];
+      totals[r * C + c] = fma(P::total(sums[r * C + c]), by, totals[r * C + c]);
+    }
+  }
+}
+
+// Sums of R rows of W times C rows of x: sums[r][c]. `last`: the words of the last block, where it is not full.
+template <class P, int C, int R>
+static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64_t row_bytes, int64_t words,
+                                                    const float *const *lines, const Spread &given,
+                                                    const typename P::Tables &tables_given, const LanesOfX<P> &x,
+                                                    float *sums) {
+  const typename P::Tables tables = tables_given;
+  const Spread spread = given;
+  F totals[R * C], scale[R];
+  UNROLL for (int i = 0; i < R * C; i++) totals[i] = set(0.0f);
+  int64_t whole = words / LANES;
+  const uint8_t *at[R];
+  for (int64_t block = 0; block < whole; block++) {
+    UNROLL for (int r = 0; r < R; r++) {
+      at[r] = codes + r * row_bytes + block * (4 * LANES);
+      scale[r] = block_scales(spread, lines[r], block);
+    }
+    multiply_block<P, C, R>(at, scale, tables, x, block, totals);
+  }
+  if (words % LANES) {
+    uint8_t last[R][4 * LANES] = {{0}};
+    UNROLL for (int r = 0; r < R; r++) {
+      int64_t start = whole * (4 * LANES);
+      __builtin_memcpy(last[r], codes + r * row_bytes + start, (size_t)(row_bytes - start));
+      at[r] = last[r];
+      scale[r] = block_scales(spread, lines[r], whole);
+    }
+    multiply_block<P, C, R>(at, scale, tables, x, whole, totals);
+  }
+  UNROLL for (int i = 0; i < R * C; i++) sums[i] = sum(totals[i]);
+}
+
+template <class P>
+using MultiplyLines = void (*)(const uint8_t *codes, int64_t row_bytes, int64_t words, const float *const *lines,
+                               const Spread &spread, const typename P::Tables &tables, const LanesOfX<P> &x, float *sums);
+
+template <class P, int R>
+static inline MultiplyLines<P> multiply_lines_for(int64_t rows) {
+  static constexpr MultiplyLines<P> FUNCTIONS[FEW_ROWS] = {multiply_lines<P, 1, R>, multiply_lines<P, 2, R>,
+                                                           multiply_lines<P, 3, R>, multiply_lines<P, 4, R>};
+  return FUNCTIONS[rows - 1];
+}
+
+// What zero points take away: Σ over units of scale · zero · Σ x, for one row of W and each of x.
+static inline void subtract_zeros(const TileTask &t, const Grid &grid, int64_t row, const float *line, float *zeros,
+                                  float *sums) {
+  row_units(*t.weight, grid, row, true, zeros);
+  for (int64_t c = 0; c < t.pack.m; c++) {
+    float total = 0.0f;
+    for (int64_t u = 0; u < grid.units; u++) {
+      int64_t at = u * t.pack.m + c;
+      total += line[u] * zeros[u] * t.pack.sums[at] * (t.pack.unit_scales ? t.pack.unit_scales[at] : 1.0f);
+    }
+    sums[c] -= total;
+  }
+}
+
+// Items: tiles, as in multiply_tiles.
+template <class P>
+static void multiply_few(const TileTask &t, const Piece &piece) {
+  const fewbits_weight &w = *t.weight;
+  const PackTask &pack = t.pack;
+  int64_t bytes = ceil_div(w.columns * w.bits, 8), words = ceil_div(w.columns, CHUNK), width = t.units + 64;
+  uint8_t *memory = piece.scratch;
+  float *totals = aligned_floats(memory, pack.m * TILE_ROWS), *room = aligned_floats(memory, 3 * width);
+  float values[16];
+  table_values(w, t.factor, values);
+  typename P::Tables tables = P::tables(values);
+  Grid grid = grid_of(w, t.unit);
+  Spread spread = spread_of(t.unit);
+  LanesOfX<P> x{(const typename P::Operand *)pack.packed, pack.scales, pack.excess};
+  bool direct = w.scale_type == FEWBITS_SCALE_F32 && w.group_rows == 1 && grid.across == grid.units && grid.units % (LANES) == 0;
+  for (int64_t tile = piece.begin; tile < piece.end; tile++) {
+    int64_t first = tile * TILE_ROWS, end = smaller(first + TILE_ROWS, w.rows);
+    for (int64_t row = first; row < end;) {
+      int64_t rows = pack.m > 1 && row + 2 <= end ? 2 : 1;
+      const float *lines[2];
+      float sums[2 * FEW_ROWS];
+      for (int64_t r = 0; r < rows; r++) {
+        float *line = room + r * width;
+        lines[r] = direct ? (const float *)w.scale + (row + r) * grid.across : line;
+        if (direct) continue;
+        row_units(w, grid, row + r, false, line);
+        // The last block may have lanes behind the row: 0 times what x has there.
+        for (int64_t i = 0; i < LANES; i++) line[grid.units + i] = 0.0f;
+      }
+      MultiplyLines<P> run = rows == 2 ? multiply_lines_for<P, 2>(pack.m) : multiply_lines_for<P, 1>(pack.m);
+      run(w.codes + row * bytes, bytes, words, lines, spread, tables, x, sums);
+      for (int64_t r = 0; r < rows; r++) {
+        if (w.zero) subtract_zeros(t, grid, row + r, lines[r], room + 2 * width, sums + r * pack.m);
+        int64_t lane = row + r - first;
+        for (int64_t c = 0; c < pack.m; c++)
+          totals[(lane / LANES * pack.m + c) * LANES + lane % LANES] = sums[r * pack.m + c];
+      }
+      row += rows;
+    }
+    write_tile(t, first, Block{0, pack.m}, totals);
+  }
+}

@@ -6,6 +6,8 @@
 // the scaling, once for each of them, costs more than the transposing of tiles does (linear.h).
 
 constexpr int FEW_ROWS = 4;  // of x
+// Bytes that codes are fetched ahead of their use: processors do not look far enough ahead by themselves.
+constexpr int AHEAD = 2048;
 
 // What a block of LANES words needs of x.
 template <class P>
@@ -67,6 +69,7 @@ static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64
   for (int64_t block = 0; block < whole; block++) {
     UNROLL for (int r = 0; r < R; r++) {
       at[r] = codes + r * row_bytes + block * (4 * LANES);
+      __builtin_prefetch(at[r] + AHEAD);
       scale[r] = block_scales(spread, lines[r], block);
     }
     multiply_block<P, C, R>(at, scale, tables, x, block, totals);
@@ -132,8 +135,11 @@ static void multiply_few(const TileTask &t, const Piece &piece) {
       float sums[2 * FEW_ROWS];
       for (int64_t r = 0; r < rows; r++) {
         float *line = room + r * width;
-        lines[r] = direct ? (const float *)w.scale + (row + r) * grid.across : line;
-        if (direct) continue;
+        const float *stored = (const float *)w.scale + (row + r) * grid.across;
+        // `pick` reads a whole vector of scales, of which the last rows may have fewer behind them.
+        bool is_direct = direct && (row + r + 1) * grid.across + LANES <= w.scale_bytes / 4;
+        lines[r] = is_direct ? stored : line;
+        if (is_direct) continue;
         row_units(w, grid, row + r, false, line);
         // The last block may have lanes behind the row: 0 times what x has there.
         for (int64_t i = 0; i < LANES; i++) line[grid.units + i] = 0.0f;

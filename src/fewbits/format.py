@@ -213,8 +213,8 @@ class Activation:
         except ValueError:
             raise ValueError(
                 f"cannot read the activation {text!r}: write 'int8', 'int8:t6' with a threshold (for "
-                "weights in int8:row), or 'int8:g64' with a group size, a multiple of 8 (for weights of up to "
-                "4 bits)"
+                "weights in int8:row), or 'int8:g64' with a group size, a multiple of 8 (for weights of up "
+                "to 4 bits)"
             ) from None
 
 

@@ -111,6 +111,7 @@ def _in_flight(module: nn.Module) -> int:
 def decoding_bytes(model: nn.Module, tokens: int) -> int:
     """Temporaries of the hungriest product x · decode(W)ᵀ of `model` in plain torch, x [tokens, in].
 
+    The C++ kernels need less on a CPU: there it is an upper bound.
     Decoding: W [out, in] in the dtype of the model, and a block. LLM.int8(): of x three float32 forms and a
     mask, 13 × tokens × in; of y three, or two and 1024 columns of W, all of 4 bytes.
     """

@@ -162,7 +162,7 @@ int32_t multiply(const fewbits_weight &w, const fewbits_product &p, int32_t kind
 int32_t multiply_in_int8(Int8Task &task, int64_t columns) {
   const fewbits_product &p = *task.product;
   const KernelTable &table = *kernels();
-  int64_t grain = ceil_div(p.m, 4 * p.threads), row_bytes = (columns + 64) * 4;
+  int64_t grain = ceil_div(p.m, 4 * p.threads), row_bytes = (task.stride + 64) * 4;
   int32_t packers = p.m * columns < 32768 ? 1 : p.threads;
   task.searching = 1;
   bool done = run_pieces(table.quantize_x, &task, p.m, grain, row_bytes, packers);

@@ -9,6 +9,7 @@ namespace fewbits {
 namespace {
 
 constexpr int64_t PIECE = 1 << 15;        // weights of a piece of work
+constexpr int64_t STREAMED_PIECE = 1 << 17;  // where those before it do not lie in the caches
 constexpr int64_t STREAMED = 16 << 20;    // bytes of a result that is written past the caches
 
 int64_t above(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
@@ -51,9 +52,11 @@ void decode_cut(const void *argument, const Piece &piece) {
 
 int32_t check_rows(const fewbits_weight &w, const int64_t *row_list, int64_t first_row, int64_t rows,
                    int64_t first_column, int64_t columns) {
-  if (!size_fits(rows) || !size_fits(columns) || !size_fits(first_column) || first_column + columns > w.columns)
-    return fail(FEWBITS_BAD_ARGUMENT, "%lld rows, columns %lld + %lld of a weight [%lld, %lld]", (long long)rows,
-                (long long)first_column, (long long)columns, (long long)w.rows, (long long)w.columns);
+  if (!size_fits(rows) || !size_fits(columns) || !size_fits(first_column) ||
+      first_column + columns > w.columns)
+    return fail(FEWBITS_BAD_ARGUMENT, "%lld rows, columns %lld + %lld of a weight [%lld, %lld]",
+                (long long)rows, (long long)first_column, (long long)columns, (long long)w.rows,
+                (long long)w.columns);
   if (!row_list && (!size_fits(first_row) || first_row + rows > w.rows))
     return fail(FEWBITS_BAD_ARGUMENT, "rows %lld + %lld of a weight with %lld", (long long)first_row,
                 (long long)rows, (long long)w.rows);
@@ -65,10 +68,12 @@ int32_t check_rows(const fewbits_weight &w, const int64_t *row_list, int64_t fir
   return FEWBITS_OK;
 }
 
-int32_t check_out(const void *out, int64_t elements, int64_t stride, int64_t rows, int64_t columns, int32_t dtype) {
+int32_t check_out(const void *out, int64_t elements, int64_t stride, int64_t rows, int64_t columns,
+                  int32_t dtype) {
   if (!is_dtype(dtype)) return fail(FEWBITS_BAD_ARGUMENT, "unknown dtype: %d", dtype);
   if (!sizes_fit(rows, stride) || stride < columns)
-    return fail(FEWBITS_BAD_ARGUMENT, "a stride of %lld for %lld columns", (long long)stride, (long long)columns);
+    return fail(FEWBITS_BAD_ARGUMENT, "a stride of %lld for %lld columns", (long long)stride,
+                (long long)columns);
   if (rows && columns && (!out || elements < (rows - 1) * stride + columns))
     return fail(FEWBITS_BAD_ARGUMENT, "the result takes %lld elements, got %lld",
                 (long long)((rows - 1) * stride + columns), (long long)(out ? elements : 0));
@@ -89,11 +94,12 @@ int32_t dequantize(const DecodeTask &task, int64_t rows, int32_t threads) {
     whole.first_row = 0;
     rows = 1;
   }
-  if (whole.columns < 2 * PIECE) {
-    int64_t grain = larger(1, PIECE / larger(1, whole.columns));
+  const int64_t piece = whole.streams ? STREAMED_PIECE : PIECE;
+  if (whole.columns < 2 * piece) {
+    int64_t grain = larger(1, piece / larger(1, whole.columns));
     return run(kernels()->decode_rows, &whole, rows, grain, threads);
   }
-  int64_t width = w.group_columns < PIECE ? PIECE / w.group_columns * w.group_columns : PIECE;
+  int64_t width = w.group_columns < piece ? piece / w.group_columns * w.group_columns : piece;
   Cut cut = {whole, width, above(whole.columns, width)};
   return run(decode_cut, &cut, rows * cut.parts, 1, threads);
 }
@@ -102,9 +108,11 @@ int32_t dequantize(const DecodeTask &task, int64_t rows, int32_t threads) {
 
 int32_t check_steps(const fewbits_encoding &e) {
   if (e.kind != FEWBITS_TABLE) {
-    int32_t lowest = e.kind == FEWBITS_SIGNED ? -128 : 0, highest = e.kind == FEWBITS_SIGNED ? 127 : (1 << e.bits) - 1;
+    int32_t lowest = e.kind == FEWBITS_SIGNED ? -128 : 0,
+            highest = e.kind == FEWBITS_SIGNED ? 127 : (1 << e.bits) - 1;
     if (e.low < lowest || e.high > highest || e.low > e.high || e.middle < lowest || e.middle > highest)
-      return fail(FEWBITS_BAD_ARGUMENT, "codes %d … %d around %d in %d bits", e.low, e.high, e.middle, e.bits);
+      return fail(FEWBITS_BAD_ARGUMENT, "codes %d … %d around %d in %d bits", e.low, e.high, e.middle,
+                  e.bits);
     return FEWBITS_OK;
   }
   int64_t codes = (int64_t)1 << (e.sign_bit ? e.bits - 1 : e.bits);
@@ -123,17 +131,21 @@ int32_t check_steps(const fewbits_encoding &e) {
 int32_t check_encoding(const fewbits_encoding *encoding) {
   if (!encoding) return fail(FEWBITS_BAD_ARGUMENT, "the encoding is null");
   const fewbits_encoding &e = *encoding;
-  if (!kernels()) return fail(FEWBITS_UNSUPPORTED, "this machine runs none of the instruction sets %s", fewbits_isas());
+  if (!kernels())
+    return fail(FEWBITS_UNSUPPORTED, "this machine runs none of the instruction sets %s", fewbits_isas());
   if (!sizes_fit(e.rows, e.columns))
-    return fail(FEWBITS_BAD_ARGUMENT, "[%lld, %lld] values are too large", (long long)e.rows, (long long)e.columns);
+    return fail(FEWBITS_BAD_ARGUMENT, "[%lld, %lld] values are too large", (long long)e.rows,
+                (long long)e.columns);
   if (e.bits != 2 && e.bits != 3 && e.bits != 4 && e.bits != 8)
     return fail(FEWBITS_BAD_ARGUMENT, "codes have 2, 3, 4 or 8 bits, got %d", e.bits);
   if (e.kind < FEWBITS_TABLE || e.kind > FEWBITS_SIGNED || (e.kind == FEWBITS_SIGNED && e.bits != 8))
     return fail(FEWBITS_BAD_ARGUMENT, "unknown kind of codes: %d in %d bits", e.kind, e.bits);
-  if ((e.layout != FEWBITS_ROWS && e.layout != FEWBITS_FLAT) || (e.layout == FEWBITS_FLAT) != (e.flat_groups != 0))
+  if ((e.layout != FEWBITS_ROWS && e.layout != FEWBITS_FLAT) ||
+      (e.layout == FEWBITS_FLAT) != (e.flat_groups != 0))
     return fail(FEWBITS_BAD_ARGUMENT, "codes are flat where groups are, got layout %d", e.layout);
   if (e.group_rows < 1 || e.group_columns < 1 || !size_fits(e.group_rows) || !size_fits(e.group_columns) ||
-      (e.flat_groups && (e.group_rows != 1 || (e.bits != 4 && e.bits != 8) || (e.bits == 4 && e.group_columns % 2))))
+      (e.flat_groups &&
+       (e.group_rows != 1 || (e.bits != 4 && e.bits != 8) || (e.bits == 4 && e.group_columns % 2))))
     return fail(FEWBITS_BAD_ARGUMENT, "groups of %lld x %lld values in %d bits", (long long)e.group_rows,
                 (long long)e.group_columns, e.bits);
   if (!(e.peak > 0 && e.peak <= 1e30f && e.limit > 0 && isfinite(e.limit)))
@@ -164,25 +176,29 @@ int32_t check_parts(const EncodeTask &task, int64_t value_count, int64_t given_s
   int64_t groups = grid.rows * grid.across, count = e.rows * e.columns;
   int64_t bytes = e.flat_groups ? packed(count, e.bits) : e.rows * packed(e.columns, e.bits);
   if (!is_dtype(task.dtype)) return fail(FEWBITS_BAD_ARGUMENT, "unknown dtype: %d", task.dtype);
-  if (value_count != count || (count && !task.values) || (uintptr_t)task.values % (uintptr_t)item_of(task.dtype))
-    return fail(FEWBITS_BAD_ARGUMENT, "%lld values for [%lld, %lld], null, or on an odd address", (long long)value_count,
-                (long long)e.rows, (long long)e.columns);
+  if (value_count != count || (count && !task.values) ||
+      (uintptr_t)task.values % (uintptr_t)item_of(task.dtype))
+    return fail(FEWBITS_BAD_ARGUMENT, "%lld values for [%lld, %lld], null, or on an odd address",
+                (long long)value_count, (long long)e.rows, (long long)e.columns);
   if (task.codes && codes_bytes != bytes)
-    return fail(FEWBITS_BAD_ARGUMENT, "the codes take %lld bytes, got %lld", (long long)bytes, (long long)codes_bytes);
+    return fail(FEWBITS_BAD_ARGUMENT, "the codes take %lld bytes, got %lld", (long long)bytes,
+                (long long)codes_bytes);
   if (task.used_scale && (given_scales != groups || !task.codes))
-    return fail(FEWBITS_BAD_ARGUMENT, "%lld given scales for %lld groups, or no codes", (long long)given_scales,
-                (long long)groups);
+    return fail(FEWBITS_BAD_ARGUMENT, "%lld given scales for %lld groups, or no codes",
+                (long long)given_scales, (long long)groups);
   int64_t item = e.scale_type == FEWBITS_SCALE_E8M0 ? 1 : e.scale_type == FEWBITS_SCALE_F32 ? 4 : 2;
   if (!task.used_scale && task.scale && scale_bytes != groups * item)
     return fail(FEWBITS_BAD_ARGUMENT, "the scales take %lld bytes, got %lld", (long long)(groups * item),
                 (long long)scale_bytes);
   if (!task.used_scale && groups && !task.scale && !task.exact_scale)
     return fail(FEWBITS_BAD_ARGUMENT, "there is no place for the scales");
-  if (((uintptr_t)task.used_scale | (uintptr_t)task.exact_scale) % 4 || (uintptr_t)task.scale % (uintptr_t)item)
+  if (((uintptr_t)task.used_scale | (uintptr_t)task.exact_scale) % 4 ||
+      (uintptr_t)task.scale % (uintptr_t)item)
     return fail(FEWBITS_BAD_ARGUMENT, "the scales do not lie on a multiple of their items' size");
   if (e.has_zero && (!task.zero || zero_bytes != grid.rows * packed(grid.across, e.bits)) && groups)
     return fail(FEWBITS_BAD_ARGUMENT, "the zero points take %lld bytes, got %lld",
-                (long long)(grid.rows * packed(grid.across, e.bits)), (long long)(task.zero ? zero_bytes : 0));
+                (long long)(grid.rows * packed(grid.across, e.bits)),
+                (long long)(task.zero ? zero_bytes : 0));
   return FEWBITS_OK;
 }
 
@@ -241,7 +257,8 @@ template <class T> double sum_by_columns(const T *values, int64_t count) {
 
 int32_t run_encode(const EncodeTask &task, int32_t threads) {
   int64_t items = above(task.rows, task.band_rows) * task.spans;
-  int64_t weights = smaller(task.span * task.group_columns, task.columns) * smaller(task.band_rows, task.rows);
+  int64_t weights =
+      smaller(task.span * task.group_columns, task.columns) * smaller(task.band_rows, task.rows);
   return run(kernels()->encode_groups, &task, items, larger(1, PIECE / larger(1, weights)), threads);
 }
 
@@ -280,21 +297,22 @@ int32_t encode_large_groups(EncodeTask task, int32_t threads) {
 
 using namespace fewbits;
 
-int32_t fewbits_dequantize(const fewbits_weight *weight, const int64_t *row_list, int64_t first_row, int64_t rows,
-                           int64_t first_column, int64_t columns, void *out, int64_t out_elements,
-                           int64_t out_stride, int32_t dtype, int32_t threads) {
+int32_t fewbits_dequantize(const fewbits_weight *weight, const int64_t *row_list, int64_t first_row,
+                           int64_t rows, int64_t first_column, int64_t columns, void *out,
+                           int64_t out_elements, int64_t out_stride, int32_t dtype, int32_t threads) {
   if (int32_t status = check_weight(weight)) return status;
   if (int32_t status = check_threads(threads)) return status;
   if (int32_t status = check_rows(*weight, row_list, first_row, rows, first_column, columns)) return status;
   if (int32_t status = check_out(out, out_elements, out_stride, rows, columns, dtype)) return status;
-  DecodeTask task = {weight, row_list, row_list ? 0 : first_row, first_column, columns, out, out_stride, dtype, 0};
+  DecodeTask task = {weight, row_list, row_list ? 0 : first_row, first_column, columns, out, out_stride,
+                     dtype,  0};
   return rows && columns ? dequantize(task, rows, threads) : FEWBITS_OK;
 }
 
-int32_t fewbits_quantize(const fewbits_encoding *encoding, const void *values, int64_t value_count, int32_t dtype,
-                         const float *given_scale, int64_t given_scales, void *scale, int64_t scale_bytes,
-                         float *exact_scale, uint8_t *zero, int64_t zero_bytes, uint8_t *codes,
-                         int64_t codes_bytes, int32_t threads) {
+int32_t fewbits_quantize(const fewbits_encoding *encoding, const void *values, int64_t value_count,
+                         int32_t dtype, const float *given_scale, int64_t given_scales, void *scale,
+                         int64_t scale_bytes, float *exact_scale, uint8_t *zero, int64_t zero_bytes,
+                         uint8_t *codes, int64_t codes_bytes, int32_t threads) {
   if (int32_t status = check_encoding(encoding)) return status;
   if (int32_t status = check_threads(threads)) return status;
   const fewbits_encoding &e = *encoding;
@@ -339,7 +357,8 @@ int32_t fewbits_mean(const void *values, int64_t count, int32_t dtype, float *me
   if (dtype != FEWBITS_F32 && dtype != FEWBITS_F64)
     return fail(FEWBITS_BAD_ARGUMENT, "means are taken of float32 and float64, got dtype %d", dtype);
   if (count < 1 || !values || !mean || (uintptr_t)values % (dtype == FEWBITS_F32 ? 4 : 8))
-    return fail(FEWBITS_BAD_ARGUMENT, "%lld values to take the mean of, null, or on an odd address", (long long)count);
+    return fail(FEWBITS_BAD_ARGUMENT, "%lld values to take the mean of, null, or on an odd address",
+                (long long)count);
   double sum = dtype == FEWBITS_F32 ? sum_by_columns(static_cast<const float *>(values), count)
                                     : sum_by_columns(static_cast<const double *>(values), count);
   *mean = (float)(sum / (double)count);

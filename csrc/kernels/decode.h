@@ -5,6 +5,9 @@
 
 constexpr int64_t MAX_SCALES = 128;     // of a row, loaded at once
 constexpr int64_t MAX_UNPACKED = 2048;  // codes that are not read as they lie
+// How far ahead codes are asked for where results are written past the caches: as soon as the memory is busy
+// with those, the processor by itself reads too late.
+constexpr int64_t DECODE_AHEAD = 4096;
 
 template <int DTYPE> struct Output {
   using Type = uint16_t;
@@ -42,8 +45,8 @@ static inline Table16 scaled_table(const Decoding &d, float scale, float zero) {
 
 // --- codes of 4 bits --------------------------------------------------------------------------------
 
-// Two codes of a byte are two results side by side. In 16 bit they are a word: `low` has values in the lower half
-// of its entries, `high` in the upper one.
+// Two codes of a byte are two results side by side. In 16 bit they are a word: `low` has values in the lower
+// half of its entries, `high` in the upper one.
 template <int DTYPE> struct Nibbles {
   Table16 low, high;
 };
@@ -67,7 +70,9 @@ static inline void decode_block(const uint8_t *codes, const Nibbles<DTYPE> &tabl
   I bytes = load_u8(codes), upper = shift_right<4>(bytes);
   I first = HIGH_FIRST ? upper : bytes, second = HIGH_FIRST ? bytes : upper;
   if constexpr (DTYPE == FEWBITS_F32) {
-    store_pairs(to, look_up(tables.low, first), look_up(tables.low, second));
+    float pairs[2 * LANES];
+    store_pairs(STREAM ? pairs : to, look_up(tables.low, first), look_up(tables.low, second));
+    if constexpr (STREAM) stream(to, load_int(pairs)), stream(to + LANES, load_int(pairs + LANES));
   } else {
     I words = or_int(bits(look_up(tables.low, first)), bits(look_up(tables.high, second)));
     if constexpr (STREAM) {
@@ -91,8 +96,8 @@ static inline void decode_few(const uint8_t *codes, int64_t skip, int64_t take, 
 
 // Small groups: a block of 2 LANES codes has several scales (and zero points), spread over its lanes.
 template <int DTYPE, bool HIGH_FIRST>
-static inline void decode_spread(const Decoding &d, const uint8_t *codes, const float *scales, const float *zeros,
-                                 typename Output<DTYPE>::Type *to) {
+static inline void decode_spread(const Decoding &d, const uint8_t *codes, const float *scales,
+                                 const float *zeros, typename Output<DTYPE>::Type *to) {
   I bytes = load_u8(codes), upper = shift_right<4>(bytes);
   F zero = look_up(make_table(zeros), d.group_of_pair);
   F first = sub(look_up(d.values, HIGH_FIRST ? upper : bytes), zero);
@@ -110,7 +115,8 @@ static inline void decode_spread(const Decoding &d, const uint8_t *codes, const 
 template <int DTYPE, bool HIGH_FIRST> struct NibbleRun {
   using Type = typename Output<DTYPE>::Type;
   static constexpr bool SPREADS = true;
-  static inline void spread_block(const Decoding &d, Codes run, const float *scales, const float *zeros, Type *to) {
+  static inline void spread_block(const Decoding &d, Codes run, const float *scales, const float *zeros,
+                                  Type *to) {
     decode_spread<DTYPE, HIGH_FIRST>(d, run.codes + run.at / 2, scales, zeros, to);
   }
   static inline void decode(const Decoding &d, Codes run, float scale, float zero, Type *to) {
@@ -121,7 +127,13 @@ template <int DTYPE, bool HIGH_FIRST> struct NibbleRun {
       decode_few<DTYPE, HIGH_FIRST>(codes++, 1, 1, tables, to++);
       left--;
     }
-    if (DTYPE != FEWBITS_F32 && d.streams && (uintptr_t)to % sizeof(I) == 0) {
+    if (d.streams && (uintptr_t)to % sizeof(I) == 0) {
+      for (; left >= 128; left -= 128, codes += 64) {
+        __builtin_prefetch(codes + DECODE_AHEAD);
+        for (int i = 0; i < 64; i += LANES, to += 2 * LANES)
+          decode_block<DTYPE, HIGH_FIRST, true>(codes + i, tables, to);
+      }
+      if (left > 0) __builtin_prefetch(codes + DECODE_AHEAD);
       for (; left >= 2 * LANES; left -= 2 * LANES, codes += LANES, to += 2 * LANES)
         decode_block<DTYPE, HIGH_FIRST, true>(codes, tables, to);
     }
@@ -177,7 +189,8 @@ template <int MANTISSA> struct Float8Values {
 
 template <int DTYPE, int MANTISSA> struct Float8Run {
   static constexpr bool SPREADS = false;
-  static inline void decode(const Decoding &d, Codes run, float scale, float, typename Output<DTYPE>::Type *to) {
+  static inline void decode(const Decoding &d, Codes run, float scale, float,
+                            typename Output<DTYPE>::Type *to) {
     Float8Values<MANTISSA> values = {d.scaling};
     values.scaling.scale = set(scale);
     decode_bytes<DTYPE>(run.codes + run.at, run.count, values, to);
@@ -197,7 +210,8 @@ template <int DTYPE> struct SmallRun {
 // --- rows -------------------------------------------------------------------------------------------
 
 // Columns [first, first + count) of a row; `buffer` holds MAX_UNPACKED bytes and one vector.
-static inline Codes codes_of(const fewbits_weight &w, int64_t row, int64_t first, int64_t count, uint8_t *buffer) {
+static inline Codes codes_of(const fewbits_weight &w, int64_t row, int64_t first, int64_t count,
+                             uint8_t *buffer) {
   if (w.layout == FEWBITS_FLAT) {
     int64_t place = row * w.columns + first;
     return {w.codes, place, count};
@@ -259,7 +273,8 @@ static inline void decode_piece(const DecodeTask &task, const Decoding &d, const
   }
 }
 
-template <int DTYPE> static inline void decode_as(const DecodeTask &task, const Decoding &d, const Piece &piece) {
+template <int DTYPE>
+static inline void decode_as(const DecodeTask &task, const Decoding &d, const Piece &piece) {
   const fewbits_weight &w = *d.weight;
   if (w.bits == 8 && w.kind == FEWBITS_TABLE) {
     if (is_float8<3>(w.table)) return decode_piece<DTYPE, Float8Run<DTYPE, 3>>(task, d, piece);
@@ -277,7 +292,8 @@ static void decode_rows(const void *decode_task, const Piece &piece) {
   Decoding d = {&w, scaling_of(w), {}, task.streams != 0, false, {}};
   if (w.bits <= 4) {
     float values[16];
-    for (int i = 0; i < 16; i++) values[i] = w.kind != FEWBITS_TABLE ? (float)i : i < 1 << w.bits ? w.table[i] : 0;
+    for (int i = 0; i < 16; i++)
+      values[i] = w.kind != FEWBITS_TABLE ? (float)i : i < 1 << w.bits ? w.table[i] : 0;
     d.values = make_table(values);
     d.small_groups = w.group_columns < 2 * LANES && w.group_columns > 1 && 2 * LANES % w.group_columns == 0;
     int32_t groups[LANES];

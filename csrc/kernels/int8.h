@@ -50,7 +50,12 @@ static void quantize_rows(const Int8Task &t, const Piece &piece) {
     int8_t *codes = t.codes + m * t.stride;
     I total = set_int(0);
     for (int64_t k = 0; k < t.stride; k += LANES) {
-      I code = k < columns ? to_int(round(mul(load(row + k), inverse))) : set_int(0);
+      I code = set_int(0);
+      if (k < columns) {
+        // Within ±127 already, but for rows with NaN or infinity, whose result is NaN whatever the codes are.
+        F scaled = round(mul(load(row + k), inverse));
+        code = to_int(max(min(scaled, set(127.0f)), set(-127.0f)));
+      }
       total = add_int(total, code);
       store_u8((uint8_t *)codes + k, code);
     }

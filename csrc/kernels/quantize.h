@@ -1,5 +1,5 @@
-// Values to codes: the range of every group, its scale and zero point, and the codes, for a span of groups that
-// stays in the nearest cache from the first reading to the second.
+// Values to codes: the range of every group, its scale and zero point, and the codes, for a span of groups
+// that stays in the nearest cache from the first reading to the second.
 
 constexpr int64_t MAX_SPAN = 512;       // groups
 constexpr int64_t MAX_BYTES = 4096;     // codes that are packed at once
@@ -172,7 +172,8 @@ static inline void load_given(const EncodeTask &task, Span &span) {
     span.factor[g] = scales[g];
     span.zero[g] = e.has_zero ? (float)code_at(zeros, span.first_group + g, e.bits, false) : (float)e.middle;
   }
-  for (int64_t g = 0; g < span.groups; g += LANES) store(span.factor + g, factor_of(e, load(span.factor + g)));
+  for (int64_t g = 0; g < span.groups; g += LANES)
+    store(span.factor + g, factor_of(e, load(span.factor + g)));
 }
 
 // --- codes ------------------------------------------------------------------------------------------
@@ -209,7 +210,8 @@ template <int LEVELS, bool ORDER> struct SearchedCodes {
     F value = sign ? abs(scaled) : scaled;
     I code = count_greater(set_int(0), value, set(heap[1]));
     for (int level = 1; level < LEVELS; level++) {
-      F asked = level < 5 ? look_up(tables[level < TABLES ? level : 0], code) : gather(heap + (1 << level), code);
+      F asked =
+          level < 5 ? look_up(tables[level < TABLES ? level : 0], code) : gather(heap + (1 << level), code);
       code = count_greater(add_int(code, code), value, asked);
     }
     if (ORDER) code = bits(LEVELS <= 4 ? look_up(order_table, code) : gather(order, code));
@@ -260,7 +262,8 @@ static inline void encode_row(const EncodeTask &task, const Span &span, int64_t 
     uint8_t *to = e.bits == 8 ? out : bytes;
     for (int64_t done = 0; done < piece;) {
       int64_t count = left_of_group < piece - done ? left_of_group : piece - done;
-      encode_run<DTYPE, RECIPROCAL>(values, count, set(span.factor[group]), set(span.zero[group]), coder, to + done);
+      encode_run<DTYPE, RECIPROCAL>(values, count, set(span.factor[group]), set(span.zero[group]), coder,
+                                    to + done);
       values += count, done += count, left_of_group -= count;
       if (left_of_group == 0) group++, left_of_group = task.group_columns;
     }
@@ -283,7 +286,8 @@ static inline void encode_rows(const EncodeTask &task, const Span &span, const C
   }
 }
 
-template <int DTYPE, int LEVELS> static inline void encode_searched(const EncodeTask &task, const Span &span) {
+template <int DTYPE, int LEVELS>
+static inline void encode_searched(const EncodeTask &task, const Span &span) {
   const fewbits_encoding &e = *task.encoding;
   int32_t sign = e.sign_bit ? 1 << (e.bits - 1) : 0;
   if (task.order) {

@@ -64,7 +64,7 @@ static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64
   const Spread spread = given;
   F totals[R * C], scale[R];
   UNROLL for (int i = 0; i < R * C; i++) totals[i] = set(0.0f);
-  int64_t whole = words / LANES;
+  int64_t whole = row_bytes / (4 * LANES);  // the last word of a row may have fewer than 4 bytes
   const uint8_t *at[R];
   for (int64_t block = 0; block < whole; block++) {
     UNROLL for (int r = 0; r < R; r++) {
@@ -74,7 +74,7 @@ static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64
     }
     multiply_block<P, C, R>(at, scale, tables, x, block, totals);
   }
-  if (words % LANES) {
+  if (words > whole * LANES) {
     uint8_t last[R][4 * LANES] = {{0}};
     UNROLL for (int r = 0; r < R; r++) {
       int64_t start = whole * (4 * LANES);

@@ -28,7 +28,8 @@ static inline void load_stored_scales(const fewbits_weight &w, int64_t first, in
   }
 }
 
-static inline void load_zeros(const fewbits_weight &w, int64_t grid_row, int64_t first, int64_t count, float *out) {
+static inline void load_zeros(const fewbits_weight &w, int64_t grid_row, int64_t first, int64_t count,
+                              float *out) {
   if (!w.zero) {
     float zero = w.kind == FEWBITS_UNSIGNED ? (float)w.middle : 0.0f;
     for (int64_t i = 0; i < count; i++) out[i] = zero;
@@ -49,8 +50,8 @@ static inline F byte_values(const fewbits_weight &w, const uint8_t *codes, F zer
   return sub(to_float(load_u8(codes)), zero);
 }
 
-// Values of 8-bit floats (sign, exponent, MANTISSA bits; OCP E4M3 and E5M2) whose table has NaN above the largest
-// finite one. A few additions are several times as fast as looking up 256 values in memory.
+// Values of 8-bit floats (sign, exponent, MANTISSA bits; OCP E4M3 and E5M2) whose table has NaN above the
+// largest finite one. A few additions are several times as fast as looking up 256 values in memory.
 template <int MANTISSA> static inline F float8_values(I codes) {
   constexpr int BIAS = MANTISSA == 3 ? 7 : 15, LARGEST = MANTISSA == 3 ? 0x7e : 0x7b;
   I magnitude = and_int(codes, set_int(0x7f));

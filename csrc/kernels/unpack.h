@@ -1,5 +1,5 @@
-// Codes of 2, 3, 4 or 8 bits to bytes, and back. The vectors of these kernels take codes of 4 and 8 bits as they
-// lie; this is for the other ones, for zero points, and for what does not fill a vector.
+// Codes of 2, 3, 4 or 8 bits to bytes, and back. The vectors of these kernels take codes of 4 and 8 bits as
+// they lie; this is for the other ones, for zero points, and for what does not fill a vector.
 
 // Codes of a run that shares one scale, from some weight on.
 struct Run {
@@ -96,7 +96,8 @@ static inline int64_t pack_nibbles(const uint8_t *from, int64_t count, bool high
   int64_t i = 0;
   for (; i + 4 * LANES <= count; i += 4 * LANES) {
     I four = load_int(from + i);
-    I pairs = high_first ? or_int(shift_left<4>(four), shift_right<8>(four)) : or_int(four, shift_right<4>(four));
+    I pairs =
+        high_first ? or_int(shift_left<4>(four), shift_right<8>(four)) : or_int(four, shift_right<4>(four));
     pairs = and_int(pairs, set_int(0x00ff00ff));
     store_u16(to + i / 2, or_int(pairs, shift_right<8>(pairs)));
   }
@@ -108,13 +109,14 @@ static inline int64_t pack_fours(const uint8_t *from, int64_t count, uint8_t *to
   int64_t i = 0;
   for (; i + 4 * LANES <= count; i += 4 * LANES) {
     I four = load_int(from + i);
-    store_u8(to + i / 4, or_int(or_int(four, shift_right<6>(four)), or_int(shift_right<12>(four), shift_right<18>(four))));
+    store_u8(to + i / 4, or_int(or_int(four, shift_right<6>(four)),
+                                or_int(shift_right<12>(four), shift_right<18>(four))));
   }
   return i;
 }
 
-// Bytes → codes, from a whole byte on. `from` has zeros up to the next multiple of 8 codes; of the last byte of
-// codes, what lies behind `count` is zero.
+// Bytes → codes, from a whole byte on. `from` has zeros up to the next multiple of 8 codes; of the last byte
+// of codes, what lies behind `count` is zero.
 template <int BITS>
 static inline void pack_eights(const uint8_t *from, int64_t count, bool high_first, uint8_t *to) {
   int64_t i = 0;
@@ -128,12 +130,14 @@ static inline void pack_eights(const uint8_t *from, int64_t count, bool high_fir
       __builtin_memcpy(to, &word, BITS);
       to += BITS;
     } else {
-      for (int64_t byte = 0; byte < packed_bytes(count - i, BITS); byte++) *to++ = (uint8_t)(word >> 8 * byte);
+      for (int64_t byte = 0; byte < packed_bytes(count - i, BITS); byte++)
+        *to++ = (uint8_t)(word >> 8 * byte);
     }
   }
 }
 
-static inline void pack_codes(const uint8_t *from, int64_t count, int32_t bits, bool high_first, uint8_t *to) {
+static inline void pack_codes(const uint8_t *from, int64_t count, int32_t bits, bool high_first,
+                              uint8_t *to) {
   if (bits == 8) __builtin_memcpy(to, from, (size_t)count);
   if (bits == 4) pack_eights<4>(from, count, high_first, to);
   if (bits == 3) pack_eights<3>(from, count, high_first, to);

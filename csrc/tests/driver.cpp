@@ -43,7 +43,7 @@ void in_parallel(void (*function)(void *), void *argument, unsigned threads, uns
 }
 
 const char *const DTYPES[] = {"f32", "f16", "bf16"};
-const int64_t SHAPES[][2] = {{1, 1}, {3, 5}, {16, 24}, {7, 130}, {33, 64}, {48, 200}, {2, 1031}, {6, 512}, {0, 8}, {4, 0}};
+const int64_t SHAPES[][2] = {{1, 1}, {3, 5}, {16, 24}, {7, 130}, {33, 64}, {48, 200}, {2, 1031}, {6, 512}, {8, 284}, {0, 8}, {4, 0}};
 
 bool fits(const Kind &kind, int64_t rows, int64_t columns) {
   return kind.layout != FEWBITS_TILES || (rows % 16 == 0 && columns % 8 == 0);

@@ -21,6 +21,9 @@ from fewbits import machine, ops
 from fewbits.format import Part, Scheme
 from fewbits.tensor import DTYPES, QuantizedTensor
 
+# The product with a weight as it is now (`ops.fixed_linear`), and the addresses that it holds for.
+_Fixed = tuple[tuple[int, ...], Callable[[Tensor], Tensor | None] | None]
+_NOTHING_FIXED: _Fixed = ((), None)
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,7 +60,11 @@ class QuantModule(nn.Module, ABC):
         self.scheme, self._spelling = scheme, str(scheme)
         self._names: dict[str, dict[str, str]] = {}
         self._codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._fixed: tuple[tuple[int, ...], Callable[[Tensor], Tensor | None] | None] = ((), None)
+        self._fixed = _NOTHING_FIXED
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: everything but what holds addresses of this process."""
+        return {**self.__dict__, "_fixed": _NOTHING_FIXED}
 
     def weights(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Quantized weights of this layer: name → (shape of one quantized tensor, dtype it decodes to).

@@ -315,6 +315,16 @@ def test_threads_share_long_rows_and_narrow_matrices(spelling, threads):
         assert_threads_agree(values(shape, torch.bfloat16), Format.parse(spelling))
 
 
+@pytest.mark.parametrize("spelling", ["nf4:g64", "int4:g100:zero", "mxfp4", "int8:row"])
+def test_results_too_large_for_the_caches_are_the_references(spelling, each, threads):
+    weight = random_parts(Format.parse(spelling), (2048, 4101))
+    torch.set_num_threads(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = reference.dequantize(weight, dtype)
+        for isa in each():
+            assert differences(codes.dequantize(weight, dtype), wanted) == 0, (isa, dtype)
+
+
 class Guarded:
     """Memory whose last byte is the last before a page that cannot be touched."""
 

@@ -232,7 +232,8 @@ class TestModules:
         model.dequantize()
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.get_input_embeddings().weight.equal(wanted.dequantize())
-        torch.testing.assert_close(run(model).float(), result, rtol=0.05, atol=0.3)
+        # In bfloat16 through several layers; the kernels round the codebook, decoding rounds each weight.
+        assert (run(model).float() - result).norm() / result.norm() < 0.1
 
     def test_two_formats_for_one_tied_weight_are_refused(self, checkpoint: Checkpoint, load: Load) -> None:
         config = fewbits.FewbitsConfig(modules={"lm_head": "int8:row", "embed_tokens": "nf4:g64"})

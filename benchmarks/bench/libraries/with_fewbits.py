@@ -72,11 +72,15 @@ def linear(task: Task) -> Work:
 
 
 def copy_of(weight: fewbits.QuantizedTensor) -> fewbits.QuantizedTensor:
+    """A copy as a loaded model has it, with large codes on large pages."""
     parts = {name: part.clone() for name, part in weight.parts().items()}
-    return fewbits.QuantizedTensor.from_parts(parts, weight.format, weight.shape, weight.dtype)
+    copied = fewbits.QuantizedTensor.from_parts(parts, weight.format, weight.shape, weight.dtype)
+    layer = layer_of(copied, fewbits.Scheme(weight.format))
+    layer.use_huge_pages()
+    return layer.quantized_weight()
 
 
-def layer_of(weight: fewbits.QuantizedTensor, scheme: fewbits.Scheme) -> torch.nn.Module:
+def layer_of(weight: fewbits.QuantizedTensor, scheme: fewbits.Scheme) -> QuantLinear:
     rows, columns = weight.shape
     layer = QuantLinear(columns, rows, False, scheme, dtype=weight.dtype)
     layer.store(layer.stored("weight", [weight]))

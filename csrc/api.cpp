@@ -70,6 +70,8 @@ int32_t check(const fewbits_weight *weight, int depth) {
   if ((uintptr_t)w.offset % 4) return fail(FEWBITS_BAD_ARGUMENT, "the offset does not lie on a multiple of 4 bytes");
   if (w.kind == FEWBITS_SIGNED && w.bits != 8)
     return fail(FEWBITS_BAD_ARGUMENT, "signed codes have 8 bits, got %d", w.bits);
+  if (w.kind == FEWBITS_UNSIGNED && (w.middle < 0 || w.middle >= 1 << w.bits))
+    return fail(FEWBITS_BAD_ARGUMENT, "a zero point of %d for codes of %d bits", w.middle, w.bits);
   if (w.layout < FEWBITS_ROWS || w.layout > FEWBITS_TILES)
     return fail(FEWBITS_BAD_ARGUMENT, "unknown layout of codes: %d", w.layout);
   if (w.layout == FEWBITS_FLAT && w.bits != 4 && w.bits != 8)

@@ -57,6 +57,8 @@ int32_t check_rows(const fewbits_weight &w, const int64_t *row_list, int64_t fir
     return fail(FEWBITS_BAD_ARGUMENT, "%lld rows, columns %lld + %lld of a weight [%lld, %lld]",
                 (long long)rows, (long long)first_column, (long long)columns, (long long)w.rows,
                 (long long)w.columns);
+  if ((uintptr_t)row_list % alignof(int64_t))
+    return fail(FEWBITS_BAD_ARGUMENT, "the list of rows does not lie on a multiple of its items' size");
   if (!row_list && (!size_fits(first_row) || first_row + rows > w.rows))
     return fail(FEWBITS_BAD_ARGUMENT, "rows %lld + %lld of a weight with %lld", (long long)first_row,
                 (long long)rows, (long long)w.rows);
@@ -116,7 +118,8 @@ int32_t check_steps(const fewbits_encoding &e) {
     return FEWBITS_OK;
   }
   int64_t codes = (int64_t)1 << (e.sign_bit ? e.bits - 1 : e.bits);
-  if (e.threshold_count < 1 || e.threshold_count >= codes || !e.thresholds)
+  if (e.threshold_count < 1 || e.threshold_count >= codes || !e.thresholds ||
+      (uintptr_t)e.thresholds % alignof(float))
     return fail(FEWBITS_BAD_ARGUMENT, "%lld thresholds for %d bits", (long long)e.threshold_count, e.bits);
   for (int64_t i = 0; i < e.threshold_count; i++) {
     if (!(i ? e.thresholds[i] >= e.thresholds[i - 1] : e.thresholds[0] == e.thresholds[0]))

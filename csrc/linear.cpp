@@ -66,6 +66,17 @@ float search_factor(const float *table, int entries, int32_t kind) {
   return best;
 }
 
+// Whether a table is one that int8 can stand for: finite, and not all of it tiny.
+bool has_int8_table(const fewbits_weight &w) {
+  float most = 0.0f;
+  for (int i = 0; w.kind == FEWBITS_TABLE && i < 1 << w.bits; i++) {
+    float size = w.table[i] < 0 ? -w.table[i] : w.table[i];
+    if (!(size <= 1e12f)) return false;
+    most = size > most ? size : most;
+  }
+  return most == 0.0f || most >= 1e-12f;
+}
+
 // Remembered, since a model asks for the same few tables with every layer.
 float best_factor(const fewbits_weight &w, int32_t kind) {
   struct Known {
@@ -108,6 +119,8 @@ int32_t multiply(const fewbits_weight &w, const fewbits_product &p, int32_t kind
     return fail(FEWBITS_UNSUPPORTED, "no kernel multiplies %d-bit codes in groups of %lld with %lld columns", w.bits,
                 (long long)w.group_columns, (long long)w.columns);
   if (!w.columns) return fail(FEWBITS_UNSUPPORTED, "a weight without columns has no scales to multiply with");
+  if (kind == PRODUCT_INT8 && !has_int8_table(w))
+    return fail(FEWBITS_UNSUPPORTED, "int8 cannot stand for a table with NaN, infinity or tiny values alone");
   if (!p.m || !w.rows) return FEWBITS_OK;
   int64_t units = ceil_div(w.columns, unit), chunks = ceil_div(w.columns, WORD), tiles = ceil_div(w.rows, TILE);
   bool byte = kind == PRODUCT_INT8, sums = w.zero;

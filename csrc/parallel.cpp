@@ -94,7 +94,7 @@ void work_off(void *argument) {
 
 }  // namespace
 
-Buffer::Buffer(int64_t bytes) : data_(take(bytes < 64 ? 64 : bytes)), bytes_(bytes) {}
+Buffer::Buffer(int64_t bytes) : data_(take(bytes < 64 ? 64 : bytes)) {}
 Buffer::~Buffer() { give_back(data_); }
 
 bool run_pieces(void (*work)(const void *task, const Piece &piece), const void *task, int64_t items,

@@ -31,7 +31,6 @@ class Buffer {
 
  private:
   void *data_;
-  int64_t bytes_;
 };
 
 }  // namespace fewbits

@@ -167,7 +167,7 @@ static inline bool find_scales(const EncodeTask &task, Span &span) {
 static inline void load_given(const EncodeTask &task, Span &span) {
   const fewbits_encoding &e = *task.encoding;
   const float *scales = task.used_scale + span.grid_row * task.across + span.first_group;
-  const uint8_t *zeros = task.zero + span.grid_row * packed_bytes(task.across, e.bits);
+  const uint8_t *zeros = e.has_zero ? task.zero + span.grid_row * packed_bytes(task.across, e.bits) : nullptr;
   for (int64_t g = 0; g < span.groups; g++) {
     span.factor[g] = scales[g];
     span.zero[g] = e.has_zero ? (float)code_at(zeros, span.first_group + g, e.bits, false) : (float)e.middle;

@@ -135,10 +135,9 @@ static void multiply_few(const TileTask &t, const Piece &piece) {
       float sums[2 * FEW_ROWS];
       for (int64_t r = 0; r < rows; r++) {
         float *line = room + r * width;
-        const float *stored = (const float *)w.scale + (row + r) * grid.across;
         // `pick` reads a whole vector of scales, of which the last rows may have fewer behind them.
         bool is_direct = direct && (row + r + 1) * grid.across + LANES <= w.scale_bytes / 4;
-        lines[r] = is_direct ? stored : line;
+        lines[r] = is_direct ? (const float *)w.scale + (row + r) * grid.across : line;
         if (is_direct) continue;
         row_units(w, grid, row + r, false, line);
         // The last block may have lanes behind the row: 0 times what x has there.

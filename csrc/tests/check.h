@@ -32,7 +32,8 @@ inline bool expect(bool truth, const char *what, double got = 0, double wanted =
 
 inline bool expect_ok(int32_t status, const char *what) {
   checks++;
-  if (status != FEWBITS_OK && (failures++, named())) fprintf(stderr, "%s: status %d: %s\n", what, status, fewbits_error());
+  if (status != FEWBITS_OK && (failures++, named()))
+    fprintf(stderr, "%s: status %d: %s\n", what, status, fewbits_error());
   return status == FEWBITS_OK;
 }
 

@@ -1,7 +1,8 @@
-// The library, through api.h, against model.h: every format, odd shapes, one and three threads, on every instruction
-// set this machine runs.
+// The library, through api.h, against model.h: every format, odd shapes, one and three threads, on every
+// instruction set this machine runs.
 //
-//   driver [--quick] [NAME…]   with names: exactly these have to run here, in this order, as under an emulated
+//   driver [--quick] [NAME…]   with names: exactly these have to run here, in this order, as under an
+//   emulated
 //                              processor; --quick: three threads alone
 //   driver --list              the instruction sets that this machine runs
 
@@ -43,7 +44,8 @@ void in_parallel(void (*function)(void *), void *argument, unsigned threads, uns
 }
 
 const char *const DTYPES[] = {"f32", "f16", "bf16"};
-const int64_t SHAPES[][2] = {{1, 1}, {3, 5}, {16, 24}, {7, 130}, {33, 64}, {48, 200}, {2, 1031}, {6, 512}, {8, 284}, {0, 8}, {4, 0}};
+const int64_t SHAPES[][2] = {{1, 1},    {3, 5},   {16, 24}, {7, 130}, {33, 64}, {48, 200},
+                             {2, 1031}, {6, 512}, {8, 284}, {0, 8},   {4, 0}};
 
 bool fits(const Kind &kind, int64_t rows, int64_t columns) {
   return kind.layout != FEWBITS_TILES || (rows % 16 == 0 && columns % 8 == 0);
@@ -51,14 +53,15 @@ bool fits(const Kind &kind, int64_t rows, int64_t columns) {
 
 std::string named(const char *what, const Kind &kind, int64_t rows, int64_t columns, int32_t dtype) {
   char text[200];
-  snprintf(text, sizeof text, "%s %s [%lld, %lld] %s", what, kind.name, (long long)rows, (long long)columns, DTYPES[dtype]);
+  snprintf(text, sizeof text, "%s %s [%lld, %lld] %s", what, kind.name, (long long)rows, (long long)columns,
+           DTYPES[dtype]);
   return text;
 }
 
 // --- decoding ---------------------------------------------------------------------------------------
 
-void expect_decoded(const Weight &weight, const std::vector<int64_t> &rows, int64_t first_column, int64_t columns,
-                    int32_t dtype, const std::vector<uint8_t> &out, int64_t stride) {
+void expect_decoded(const Weight &weight, const std::vector<int64_t> &rows, int64_t first_column,
+                    int64_t columns, int32_t dtype, const std::vector<uint8_t> &out, int64_t stride) {
   for (size_t i = 0; i < rows.size(); i++) {
     for (int64_t c = 0; c < columns; c++) {
       uint8_t wanted[4] = {};
@@ -70,23 +73,27 @@ void expect_decoded(const Weight &weight, const std::vector<int64_t> &rows, int6
   }
 }
 
-void test_decode(const Kind &kind, int64_t rows, int64_t columns, int32_t dtype, int32_t threads, Random &random) {
+void test_decode(const Kind &kind, int64_t rows, int64_t columns, int32_t dtype, int32_t threads,
+                 Random &random) {
   Weight weight(kind, rows, columns, random);
   place = named("decode", kind, rows, columns, dtype);
   std::vector<int64_t> all(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; r++) all[(size_t)r] = r;
   int64_t bytes = item_bytes(dtype);
   std::vector<uint8_t> out((size_t)(rows * columns * bytes));
-  expect_ok(fewbits_dequantize(&weight.w, nullptr, 0, rows, 0, columns, out.data(), rows * columns, columns, dtype, threads),
+  expect_ok(fewbits_dequantize(&weight.w, nullptr, 0, rows, 0, columns, out.data(), rows * columns, columns,
+                               dtype, threads),
             "all of it");
   expect_decoded(weight, all, 0, columns, dtype, out, columns);
   if (!rows || !columns) return;
-  int64_t first = random.below(columns), count = 1 + random.below(columns - first), stride = count + random.below(3);
+  int64_t first = random.below(columns), count = 1 + random.below(columns - first),
+          stride = count + random.below(3);
   std::vector<int64_t> list;
   for (int i = 0; i < 5; i++) list.push_back(random.below(rows));
   int64_t elements = 4 * stride + count;
   out.assign((size_t)(elements * bytes), 0);
-  expect_ok(fewbits_dequantize(&weight.w, list.data(), 0, 5, first, count, out.data(), elements, stride, dtype, threads),
+  expect_ok(fewbits_dequantize(&weight.w, list.data(), 0, 5, first, count, out.data(), elements, stride,
+                               dtype, threads),
             "some rows");
   expect_decoded(weight, list, first, count, dtype, out, stride);
 }
@@ -111,8 +118,12 @@ struct Product {
     p.x = x.data(), p.y = y.data();
     if (random.below(2)) p.bias = bias.data();
   }
-  float x_at(int64_t row, int64_t column) const { return read(x.data(), row * p.x_stride + column, p.x_dtype); }
-  float y_at(int64_t row, int64_t column) const { return read(y.data(), row * p.y_stride + column, p.y_dtype); }
+  float x_at(int64_t row, int64_t column) const {
+    return read(x.data(), row * p.x_stride + column, p.x_dtype);
+  }
+  float y_at(int64_t row, int64_t column) const {
+    return read(y.data(), row * p.y_stride + column, p.y_dtype);
+  }
   float bias_at(int64_t column) const { return p.bias ? read(bias.data(), column, p.bias_dtype) : 0.0f; }
   // y may be rounded to its dtype, and be off by `error`.
   void expect_near(int64_t row, int64_t column, double wanted, double error, const char *what) const {
@@ -122,7 +133,8 @@ struct Product {
   }
 };
 
-// Largest magnitude that a product takes for a code, and all that of a weight: what rounding errors grow with.
+// Largest magnitude that a product takes for a code, and all that of a weight: what rounding errors grow
+// with.
 double largest_value(const Weight &weight) {
   double most = 0;
   for (float value : weight.table) most = std::max(most, (double)fabsf(value));
@@ -130,10 +142,12 @@ double largest_value(const Weight &weight) {
 }
 
 bool must_multiply(const Kind &kind, int64_t columns) {
-  return kind.bits <= 4 && !kind.offset && kind.group_columns % 8 == 0 && (columns % 8 == 0 || !kind.flat) && kind.group_rows <= 1 && columns;
+  return kind.bits <= 4 && !kind.offset && kind.group_columns % 8 == 0 && (columns % 8 == 0 || !kind.flat) &&
+         kind.group_rows <= 1 && columns;
 }
 
-void test_linear(const Kind &kind, int64_t m, int64_t rows, int64_t columns, int32_t dtype, int32_t threads, Random &random) {
+void test_linear(const Kind &kind, int64_t m, int64_t rows, int64_t columns, int32_t dtype, int32_t threads,
+                 Random &random) {
   Weight weight(kind, rows, columns, random);
   Product product(m, rows, columns, dtype, threads, random);
   place = named("linear", kind, rows, columns, dtype) + " times " + std::to_string(m) + " rows";
@@ -154,8 +168,8 @@ void test_linear(const Kind &kind, int64_t m, int64_t rows, int64_t columns, int
   }
 }
 
-void test_linear_a8(const Kind &kind, int64_t m, int64_t rows, int64_t columns, int64_t group, int32_t dtype, int32_t threads,
-                    Random &random) {
+void test_linear_a8(const Kind &kind, int64_t m, int64_t rows, int64_t columns, int64_t group, int32_t dtype,
+                    int32_t threads, Random &random) {
   Weight weight(kind, rows, columns, random);
   Product product(m, rows, columns, dtype, threads, random);
   place = named("linear in int8", kind, rows, columns, dtype) + " times " + std::to_string(m) + " rows";
@@ -173,9 +187,11 @@ void test_linear_a8(const Kind &kind, int64_t m, int64_t rows, int64_t columns, 
     for (int64_t r = 0; r < rows; r++) {
       double wanted = product.bias_at(r), error = 1e-5;
       for (int64_t k = 0; k < columns; k++) {
-        double x = product.x_at(i, k), w = weight.decode(r, k), scale = fabs((double)weight.scale(r, k)), x_error = absmax[(size_t)k] / 253;
+        double x = product.x_at(i, k), w = weight.decode(r, k), scale = fabs((double)weight.scale(r, k)),
+               x_error = absmax[(size_t)k] / 253;
         wanted += x * w;
-        error += (fabs(w) + table_error * scale) * x_error + fabs(x) * table_error * scale + 4e-6 * fabs(x) * most * scale;
+        error += (fabs(w) + table_error * scale) * x_error + fabs(x) * table_error * scale +
+                 4e-6 * fabs(x) * most * scale;
       }
       product.expect_near(i, r, wanted, error, "y");
     }
@@ -183,8 +199,10 @@ void test_linear_a8(const Kind &kind, int64_t m, int64_t rows, int64_t columns, 
 }
 
 // LLM.int8() as its paper and src/fewbits/reference.py have it.
-void test_linear_int8(int64_t m, int64_t rows, int64_t columns, float threshold, int32_t dtype, int32_t threads, Random &random) {
-  const Kind kind = {"int8:row", 8, FEWBITS_SIGNED, FEWBITS_ROWS, false, 1, 0, FEWBITS_SCALE_F32, false, false, false, 1 / 127.0f};
+void test_linear_int8(int64_t m, int64_t rows, int64_t columns, float threshold, int32_t dtype,
+                      int32_t threads, Random &random) {
+  const Kind kind = {"int8:row",        8,     FEWBITS_SIGNED, FEWBITS_ROWS, false,     1, 0,
+                     FEWBITS_SCALE_F32, false, false,          false,        1 / 127.0f};
   Weight weight(kind, rows, columns, random);
   Product product(m, rows, columns, dtype, threads, random);
   for (int64_t i = 0; i < m && columns; i += 2)  // outliers, in some rows only
@@ -256,7 +274,8 @@ void test_isa(int32_t threads) {
       test_linear_a8(kind, m, 32, 264, 64 * random.below(2), (int32_t)random.below(3), threads, random);
     }
     for (auto [rows, columns] : {std::pair<int64_t, int64_t>{17, 70}, {3, 5}, {40, 256}, {1, 1}, {5, 0}}) {
-      for (int32_t dtype = 0; dtype < 3; dtype++) test_linear_int8(m, rows, columns, random.below(2) ? 6.0f : 0.0f, dtype, threads, random);
+      for (int32_t dtype = 0; dtype < 3; dtype++)
+        test_linear_int8(m, rows, columns, random.below(2) ? 6.0f : 0.0f, dtype, threads, random);
     }
   }
 }
@@ -297,7 +316,8 @@ int main(int count, char **arguments) {
   }
   if (only_list) return 0;
   if (ran.empty() || ran[0] != fewbits_best_isa()) return fprintf(stderr, "the best is not the first\n"), 1;
-  if (!wanted.empty() && ran != wanted) return fprintf(stderr, "other instruction sets than the ones asked for ran\n"), 1;
+  if (!wanted.empty() && ran != wanted)
+    return fprintf(stderr, "other instruction sets than the ones asked for ran\n"), 1;
   if (failures) return fprintf(stderr, "%d wrong\n", failures), 1;
   return 0;
 }

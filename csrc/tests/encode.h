@@ -14,7 +14,8 @@ struct Coding {
   bool flat;
   int64_t group_rows, group_columns;  // 0: all of them
   int32_t scale_type;
-  bool zero, sign_bit, reciprocal, stores_absmax, ordered;  // the last: codes come in another order than values
+  bool zero, sign_bit, reciprocal, stores_absmax,
+      ordered;  // the last: codes come in another order than values
   float peak;
 };
 
@@ -48,7 +49,8 @@ struct Encoding {
     e.group_rows = coding.group_rows ? coding.group_rows : rows > 0 ? rows : 1;
     e.group_columns = coding.group_columns ? coding.group_columns : columns > 0 ? columns : 1;
     e.peak = coding.peak, e.limit = 1e30f, e.peak_exponent = ilogbf(coding.peak) + 1;
-    e.layout = coding.flat ? FEWBITS_FLAT : FEWBITS_ROWS, e.flat_groups = coding.flat, e.scale_type = coding.scale_type;
+    e.layout = coding.flat ? FEWBITS_FLAT : FEWBITS_ROWS, e.flat_groups = coding.flat,
+    e.scale_type = coding.scale_type;
     e.sign_bit = coding.sign_bit, e.reciprocal = coding.reciprocal, e.stores_absmax = coding.stores_absmax;
     e.has_zero = coding.zero;
     if (coding.kind == FEWBITS_SIGNED) e.low = -127, e.high = 127;
@@ -97,12 +99,14 @@ struct Encoding {
       g.used = read(g.stored, 0, e.scale_type);
     }
     g.zero = (float)e.middle;
-    if (e.has_zero) g.zero = std::min(std::max(nearbyintf(-g.low / std::max(g.used, TINY)), 0.0f), (float)e.high);
+    if (e.has_zero)
+      g.zero = std::min(std::max(nearbyintf(-g.low / std::max(g.used, TINY)), 0.0f), (float)e.high);
   }
 
   int code(float value, const Group &g) const {
     float tiny = (float)(1e-38 * (double)e.peak);
-    float scaled = e.reciprocal ? value * (1.0f / std::max(g.used, tiny) * e.peak) : value / (g.used > 0 ? g.used : 1.0f);
+    float scaled = e.reciprocal ? value * (1.0f / std::max(g.used, tiny) * e.peak)
+                                : value / (g.used > 0 ? g.used : 1.0f);
     if (e.kind != FEWBITS_TABLE)
       return (int)std::min(std::max(nearbyintf(scaled) + g.zero, (float)e.low), (float)e.high) & 255;
     float size = e.sign_bit ? fabsf(scaled) : scaled;
@@ -114,7 +118,8 @@ struct Encoding {
 };
 
 inline void put_bits(std::vector<uint8_t> &bytes, int64_t bit, int bits, int code) {
-  for (int i = 0; i < bits; i++) bytes[(size_t)((bit + i) / 8)] |= (uint8_t)((code >> i & 1) << ((bit + i) % 8));
+  for (int i = 0; i < bits; i++)
+    bytes[(size_t)((bit + i) / 8)] |= (uint8_t)((code >> i & 1) << ((bit + i) % 8));
 }
 
 struct Coded {
@@ -129,7 +134,8 @@ struct Coded {
     scale.resize((size_t)(groups * item));
     exact.resize((size_t)groups), used.resize((size_t)groups);
     if (e.has_zero) zero.resize((size_t)(encoding.grid_rows() * encoding.packed(encoding.across())));
-    codes.resize((size_t)(e.flat_groups ? encoding.packed(e.rows * e.columns) : e.rows * encoding.packed(e.columns)));
+    codes.resize(
+        (size_t)(e.flat_groups ? encoding.packed(e.rows * e.columns) : e.rows * encoding.packed(e.columns)));
   }
 };
 
@@ -144,13 +150,15 @@ inline Coded coded(const Encoding &encoding, const std::vector<float> &values) {
       g.low = std::min(g.low, value), g.high = std::max(g.high, value);
     }
   }
-  int64_t item = groups.empty() ? 0 : (int64_t)(result.scale.size() / groups.size()), across = encoding.across();
+  int64_t item = groups.empty() ? 0 : (int64_t)(result.scale.size() / groups.size()),
+          across = encoding.across();
   for (size_t i = 0; i < groups.size(); i++) {
     encoding.finish(groups[i]);
     memcpy(&result.scale[i * (size_t)item], groups[i].stored, (size_t)item);
     result.exact[i] = groups[i].exact, result.used[i] = groups[i].used;
     int64_t row = (int64_t)i / across, column = (int64_t)i % across;
-    if (e.has_zero) put_bits(result.zero, row * encoding.packed(across) * 8 + column * e.bits, e.bits, (int)groups[i].zero);
+    if (e.has_zero)
+      put_bits(result.zero, row * encoding.packed(across) * 8 + column * e.bits, e.bits, (int)groups[i].zero);
   }
   for (int64_t r = 0; r < e.rows; r++) {
     for (int64_t c = 0; c < e.columns; c++) {
@@ -171,15 +179,17 @@ inline int32_t quantize(const Encoding &encoding, const std::vector<uint8_t> &va
   const fewbits_encoding &e = encoding.e;
   return fewbits_quantize(&e, values.data(), e.rows * e.columns, dtype, given ? given->data() : nullptr,
                           given ? (int64_t)given->size() : 0, given ? nullptr : out.scale.data(),
-                          given ? 0 : (int64_t)out.scale.size(), given ? nullptr : out.exact.data(), out.zero.data(),
-                          (int64_t)out.zero.size(), out.codes.data(), (int64_t)out.codes.size(), threads);
+                          given ? 0 : (int64_t)out.scale.size(), given ? nullptr : out.exact.data(),
+                          out.zero.data(), (int64_t)out.zero.size(), out.codes.data(),
+                          (int64_t)out.codes.size(), threads);
 }
 
-inline void test_encode(const Coding &coding, int64_t rows, int64_t columns, int32_t dtype, int32_t threads, Random &random) {
+inline void test_encode(const Coding &coding, int64_t rows, int64_t columns, int32_t dtype, int32_t threads,
+                        Random &random) {
   using check::expect;
   Encoding encoding(coding, rows, columns, random);
-  check::place = std::string("encode ") + coding.name + " [" + std::to_string(rows) + ", " + std::to_string(columns) +
-                 "] dtype " + std::to_string(dtype);
+  check::place = std::string("encode ") + coding.name + " [" + std::to_string(rows) + ", " +
+                 std::to_string(columns) + "] dtype " + std::to_string(dtype);
   std::vector<uint8_t> values((size_t)(rows * columns * item_bytes(dtype)));
   std::vector<float> floats;
   for (int64_t i = 0; i < rows * columns; i++) {
@@ -191,15 +201,18 @@ inline void test_encode(const Coding &coding, int64_t rows, int64_t columns, int
   Coded wanted = coded(encoding, floats), got(encoding), again(encoding);
   if (!check::expect_ok(quantize(encoding, values, dtype, nullptr, got, threads), "accepted")) return;
   expect(got.scale == wanted.scale, "scales");
-  expect(!rows || !columns || memcmp(got.exact.data(), wanted.exact.data(), wanted.exact.size() * 4) == 0, "exact scales");
+  expect(!rows || !columns || memcmp(got.exact.data(), wanted.exact.data(), wanted.exact.size() * 4) == 0,
+         "exact scales");
   expect(got.zero == wanted.zero, "zero points");
   expect(got.codes == wanted.codes, "codes");
   again.zero = wanted.zero;
-  check::expect_ok(quantize(encoding, values, dtype, &wanted.used, again, threads), "accepted with given scales");
+  check::expect_ok(quantize(encoding, values, dtype, &wanted.used, again, threads),
+                   "accepted with given scales");
   expect(again.codes == wanted.codes, "codes for given scales");
   if (!rows || !columns) return;
   write(values.data(), random.below(rows * columns), dtype, dtype == FEWBITS_F32 ? NAN : INFINITY);
-  expect(quantize(encoding, values, dtype, nullptr, got, threads) == FEWBITS_BAD_VALUES, "NaN and infinity refused");
+  expect(quantize(encoding, values, dtype, nullptr, got, threads) == FEWBITS_BAD_VALUES,
+         "NaN and infinity refused");
 }
 
 }  // namespace model

@@ -1,5 +1,5 @@
-// Calls of the API with arguments that are right but for some: every pointer leads to a block of exactly the bytes
-// that are claimed for it, so that a sanitizer sees whatever is read or written beside it.
+// Calls of the API with arguments that are right but for some: every pointer leads to a block of exactly the
+// bytes that are claimed for it, so that a sanitizer sees whatever is read or written beside it.
 //
 // With libFuzzer (clang, -fsanitize=fuzzer) or with its own main: fuzz [seconds] [seed].
 
@@ -36,14 +36,44 @@ struct Input {
 
 // Sizes where mistakes are likely.
 int64_t strange(Input &in) {
-  const int64_t sizes[] = {-1, 0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 128, 255, 256, 4096, 65536, 65537, (1ll << 31) - 1,
-                           1ll << 31, (1ll << 31) + 1, 1ll << 32, (1ll << 48) + 1, (1ll << 62) + 1, INT64_MAX, INT64_MIN};
+  const int64_t sizes[] = {-1,
+                           0,
+                           1,
+                           2,
+                           3,
+                           7,
+                           8,
+                           9,
+                           15,
+                           16,
+                           17,
+                           63,
+                           64,
+                           65,
+                           128,
+                           255,
+                           256,
+                           4096,
+                           65536,
+                           65537,
+                           (1ll << 31) - 1,
+                           1ll << 31,
+                           (1ll << 31) + 1,
+                           1ll << 32,
+                           (1ll << 48) + 1,
+                           (1ll << 62) + 1,
+                           INT64_MAX,
+                           INT64_MIN};
   int64_t count = (int64_t)(sizeof sizes / sizeof *sizes);
   return in.once_in(4) ? in.below(300) : sizes[in.below(count)];
 }
 
-void change(Input &in, int64_t &value) { value = in.once_in(2) || value > MOST || value < -MOST ? strange(in) : value + in.below(5) - 2; }
-void change(Input &in, int32_t &value) { value = in.once_in(4) ? (int32_t)strange(in) : (int32_t)in.below(10) - 1; }
+void change(Input &in, int64_t &value) {
+  value = in.once_in(2) || value > MOST || value < -MOST ? strange(in) : value + in.below(5) - 2;
+}
+void change(Input &in, int32_t &value) {
+  value = in.once_in(4) ? (int32_t)strange(in) : (int32_t)in.below(10) - 1;
+}
 void change(Input &in, float &value) {
   const float values[] = {0.0f, -1.0f, 1e-40f, 1e30f, 3e38f, (float)INFINITY, (float)NAN};
   value = values[in.below(7)];
@@ -68,8 +98,7 @@ struct Blocks {
     }
     return block;
   }
-  template <class T>
-  T *array(Input &in, int64_t count) {
+  template <class T> T *array(Input &in, int64_t count) {
     return count < 0 || count > MOST ? nullptr : static_cast<T *>(of(in, count * (int64_t)sizeof(T)));
   }
 };
@@ -90,22 +119,43 @@ int64_t spread(int64_t rows, int64_t stride, int64_t columns) {
 
 void change_weight(Input &in, fewbits_weight &w, Blocks &blocks) {
   switch (in.below(24)) {
-    case 0: return change(in, w.rows);
-    case 1: return change(in, w.columns);
-    case 2: return change(in, w.group_rows);
-    case 3: return change(in, w.group_columns);
-    case 4: return change(in, w.kind);
-    case 5: return change(in, w.layout);
-    case 6: return change(in, w.high_first);
-    case 7: return change(in, w.flat_groups);
-    case 8: return change(in, w.scale_type);
-    case 9: return change(in, w.middle);
-    case 10: return change(in, w.unit);
-    case 11: w.codes = nullptr; return;
-    case 12: w.table = nullptr; return;
-    case 13: w.scale = nullptr; return;
-    case 14: w.zero = nullptr; return;
-    case 15: w.offset = w.offset ? nullptr : static_cast<float *>(blocks.of(in, 4)); return;
+    case 0:
+      return change(in, w.rows);
+    case 1:
+      return change(in, w.columns);
+    case 2:
+      return change(in, w.group_rows);
+    case 3:
+      return change(in, w.group_columns);
+    case 4:
+      return change(in, w.kind);
+    case 5:
+      return change(in, w.layout);
+    case 6:
+      return change(in, w.high_first);
+    case 7:
+      return change(in, w.flat_groups);
+    case 8:
+      return change(in, w.scale_type);
+    case 9:
+      return change(in, w.middle);
+    case 10:
+      return change(in, w.unit);
+    case 11:
+      w.codes = nullptr;
+      return;
+    case 12:
+      w.table = nullptr;
+      return;
+    case 13:
+      w.scale = nullptr;
+      return;
+    case 14:
+      w.zero = nullptr;
+      return;
+    case 15:
+      w.offset = w.offset ? nullptr : static_cast<float *>(blocks.of(in, 4));
+      return;
     case 16:
       change(in, w.bits);
       if (w.table) w.table = blocks.array<float>(in, w.bits > 0 && w.bits < 9 ? 1 << w.bits : 1);
@@ -127,10 +177,12 @@ void change_weight(Input &in, fewbits_weight &w, Blocks &blocks) {
       w.table = blocks.array<float>(in, 256);
       return;
     case 21:
-      if (w.nested && in.once_in(2)) return change_weight(in, const_cast<fewbits_weight &>(*w.nested), blocks);
+      if (w.nested && in.once_in(2))
+        return change_weight(in, const_cast<fewbits_weight &>(*w.nested), blocks);
       w.nested = in.once_in(2) ? &w : nullptr;  // its own scales
       return;
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -141,8 +193,12 @@ struct FuzzedWeight {
       : random((uint64_t)in.below(65536)), weight(kind, rows(in, kind), columns(in, kind), random) {
     for (int64_t i = in.below(4); i > 0 && !in.once_in(3); i--) change_weight(in, weight.w, blocks);
   }
-  static int64_t rows(Input &in, const Kind &kind) { return kind.layout == FEWBITS_TILES ? 16 * in.below(4) : in.below(40); }
-  static int64_t columns(Input &in, const Kind &kind) { return kind.layout == FEWBITS_TILES ? 8 * in.below(40) : in.below(300); }
+  static int64_t rows(Input &in, const Kind &kind) {
+    return kind.layout == FEWBITS_TILES ? 16 * in.below(4) : in.below(40);
+  }
+  static int64_t columns(Input &in, const Kind &kind) {
+    return kind.layout == FEWBITS_TILES ? 8 * in.below(40) : in.below(300);
+  }
 };
 
 const Kind &any_kind(Input &in) { return kinds()[(size_t)in.below((int64_t)kinds().size())]; }
@@ -173,13 +229,15 @@ int32_t call_dequantize(Input &in, Blocks &blocks) {
   if (stride > 0) elements = spread(rows, stride, columns);
   if (in.once_in(8)) change(in, elements);
   void *out = blocks.of(in, product_of(elements, item_bytes(dtype)));
-  return fewbits_dequantize(&w, list, first_row, rows, first_column, columns, out, elements, stride, dtype, threads);
+  return fewbits_dequantize(&w, list, first_row, rows, first_column, columns, out, elements, stride, dtype,
+                            threads);
 }
 
 // --- products ---------------------------------------------------------------------------------------
 
 int32_t call_linear(Input &in, Blocks &blocks) {
-  static const Kind int8 = {"int8:row", 8, FEWBITS_SIGNED, FEWBITS_ROWS, false, 1, 0, FEWBITS_SCALE_F32, false, false, false, 1 / 127.0f};
+  static const Kind int8 = {"int8:row",        8,     FEWBITS_SIGNED, FEWBITS_ROWS, false,     1, 0,
+                            FEWBITS_SCALE_F32, false, false,          false,        1 / 127.0f};
   int64_t which = in.below(3);
   FuzzedWeight fuzzed(in, blocks, which == 2 ? int8 : any_kind(in));
   const fewbits_weight &w = fuzzed.weight.w;
@@ -189,13 +247,27 @@ int32_t call_linear(Input &in, Blocks &blocks) {
   int64_t changes = in.once_in(2) ? in.below(3) : 0;
   for (int64_t i = 0; i < changes; i++) {
     switch (in.below(7)) {
-      case 0: change(in, p.m); break;
-      case 1: change(in, p.x_stride); break;
-      case 2: change(in, p.y_stride); break;
-      case 3: change(in, p.threads); break;
-      case 4: change(in, p.x_dtype); break;
-      case 5: change(in, p.y_dtype); break;
-      default: change(in, p.bias_dtype); break;
+      case 0:
+        change(in, p.m);
+        break;
+      case 1:
+        change(in, p.x_stride);
+        break;
+      case 2:
+        change(in, p.y_stride);
+        break;
+      case 3:
+        change(in, p.threads);
+        break;
+      case 4:
+        change(in, p.x_dtype);
+        break;
+      case 5:
+        change(in, p.y_dtype);
+        break;
+      default:
+        change(in, p.bias_dtype);
+        break;
     }
   }
   auto matrix = [&](int64_t stride, int64_t columns, int32_t dtype) {
@@ -215,8 +287,9 @@ int32_t call_linear(Input &in, Blocks &blocks) {
 
 void change_encoding(Input &in, Encoding &encoding, Blocks &blocks) {
   fewbits_encoding &e = encoding.e;
-  int32_t *const numbers[] = {&e.bits, &e.kind, &e.low, &e.high, &e.middle, &e.layout, &e.flat_groups, &e.sign_bit, &e.reciprocal,
-                              &e.stores_absmax, &e.scale_type, &e.peak_exponent, &e.has_zero};
+  int32_t *const numbers[] = {&e.bits,       &e.kind,          &e.low,      &e.high,       &e.middle,
+                              &e.layout,     &e.flat_groups,   &e.sign_bit, &e.reciprocal, &e.stores_absmax,
+                              &e.scale_type, &e.peak_exponent, &e.has_zero};
   int64_t *const sizes[] = {&e.rows, &e.columns, &e.group_rows, &e.group_columns};
   int64_t what = in.below(22);
   if (what < 13) return change(in, *numbers[what]);
@@ -228,7 +301,8 @@ void change_encoding(Input &in, Encoding &encoding, Blocks &blocks) {
     e.thresholds = blocks.array<float>(in, e.threshold_count);
     e.order = nullptr;
   } else if (what == 20) {
-    e.order = blocks.array<uint8_t>(in, e.threshold_count < 0 || e.threshold_count > MOST ? 0 : e.threshold_count + 1);
+    e.order = blocks.array<uint8_t>(
+        in, e.threshold_count < 0 || e.threshold_count > MOST ? 0 : e.threshold_count + 1);
   } else {
     e.thresholds = nullptr;
   }
@@ -249,7 +323,8 @@ int32_t call_quantize(Input &in, Blocks &blocks) {
   const fewbits_encoding &e = encoding.e;
   int64_t count = product_of(e.rows, e.columns);
   // Groups that the rules of api.h speak of, as far as these sizes make sense.
-  bool sane = count <= MOST && e.group_rows > 0 && e.group_columns > 0 && e.bits > 0 && e.bits < 9 && e.rows < MOST && e.columns < MOST;
+  bool sane = count <= MOST && e.group_rows > 0 && e.group_columns > 0 && e.bits > 0 && e.bits < 9 &&
+              e.rows < MOST && e.columns < MOST;
   sane = sane && e.group_rows < 1ll << 40 && e.group_columns < 1ll << 40;
   static Random none(1);
   static const Encoding small(codings()[0], 1, 1, none);
@@ -259,15 +334,16 @@ int32_t call_quantize(Input &in, Blocks &blocks) {
   int64_t values = in.once_in(16) ? strange(in) : count;
   const void *from = blocks.of(in, product_of(values, item_bytes(dtype)));
   bool given = in.once_in(4);
-  int64_t scales = given ? claimed(in, sizes.exact.size()) : 0, scale_bytes = given ? 0 : claimed(in, sizes.scale.size());
+  int64_t scales = given ? claimed(in, sizes.exact.size()) : 0,
+          scale_bytes = given ? 0 : claimed(in, sizes.scale.size());
   int64_t zero_bytes = claimed(in, sizes.zero.size()), codes_bytes = claimed(in, sizes.codes.size());
   const float *given_scale = given ? blocks.array<float>(in, scales) : nullptr;
   void *scale = given ? nullptr : blocks.of(in, scale_bytes);
   float *exact = sane && in.once_in(2) ? blocks.array<float>(in, (int64_t)sizes.exact.size()) : nullptr;
   uint8_t *zero = zero_bytes || in.once_in(2) ? blocks.array<uint8_t>(in, zero_bytes) : nullptr;
   uint8_t *codes = in.once_in(8) ? nullptr : blocks.array<uint8_t>(in, codes_bytes);
-  return fewbits_quantize(&e, from, values, dtype, given_scale, scales, scale, scale_bytes, exact, zero, zero_bytes, codes,
-                          codes_bytes, threads);
+  return fewbits_quantize(&e, from, values, dtype, given_scale, scales, scale, scale_bytes, exact, zero,
+                          zero_bytes, codes, codes_bytes, threads);
 }
 
 int32_t call_mean(Input &in, Blocks &blocks) {
@@ -303,7 +379,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   int32_t status = calls[which < 5 ? 0 : which < 10 ? 1 : which < 15 ? 2 : 3](in, blocks);
   accepted += status == FEWBITS_OK;
   // An answer that api.h knows, with a reason where it is not "done".
-  if (status < FEWBITS_OK || status > FEWBITS_UNSUPPORTED || (status != FEWBITS_OK && !*fewbits_error())) abort();
+  if (status < FEWBITS_OK || status > FEWBITS_UNSUPPORTED || (status != FEWBITS_OK && !*fewbits_error()))
+    abort();
   return 0;
 }
 
@@ -312,7 +389,9 @@ int main(int count, char **arguments) {
   double seconds = count > 1 ? atof(arguments[1]) : 10;
   uint64_t seed = count > 2 ? strtoull(arguments[2], nullptr, 10) : 1;
   auto start = std::chrono::steady_clock::now();
-  auto passed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  auto passed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
   int64_t calls = 0;
   for (Random random(seed); passed() < seconds; calls++) {
     std::vector<uint8_t> bytes((size_t)random.below(600));

@@ -1,5 +1,5 @@
-// Random weights of every kind that api.h knows, and what they decode to, one weight at a time: slow, plain, and
-// written without a look at the kernels.
+// Random weights of every kind that api.h knows, and what they decode to, one weight at a time: slow, plain,
+// and written without a look at the kernels.
 #pragma once
 
 #include <math.h>
@@ -40,7 +40,7 @@ inline float float_of(uint32_t word) {
 
 inline float from_f16(uint16_t half) {
   int exponent = half >> 10 & 31, fraction = half & 1023;
-  float magnitude = exponent == 31   ? (fraction ? (float)NAN : (float)INFINITY)
+  float magnitude = exponent == 31  ? (fraction ? (float)NAN : (float)INFINITY)
                     : exponent == 0 ? ldexpf((float)fraction, -24)
                                     : ldexpf((float)(1024 + fraction), exponent - 25);
   return half & 0x8000 ? -magnitude : magnitude;
@@ -78,10 +78,10 @@ inline void write(void *values, int64_t place, int32_t dtype, float value) {
 struct Kind {
   const char *name;
   int32_t bits, kind, layout;
-  bool flat;                        // groups
+  bool flat;                          // groups
   int64_t group_rows, group_columns;  // 0: all of them
   int32_t scale_type;
-  bool zero, offset, nested_flat;   // the last: nested scales form one run and not a grid
+  bool zero, offset, nested_flat;  // the last: nested scales form one run and not a grid
   float unit;
 };
 
@@ -121,13 +121,18 @@ struct Weight {
   int64_t grid_rows() const { return (w.rows + w.group_rows - 1) / w.group_rows; }
   int64_t across() const { return (w.columns + w.group_columns - 1) / w.group_columns; }
   int64_t groups() const {
-    return w.flat_groups ? (w.rows * w.columns + w.group_columns - 1) / w.group_columns : grid_rows() * across();
+    return w.flat_groups ? (w.rows * w.columns + w.group_columns - 1) / w.group_columns
+                         : grid_rows() * across();
   }
 
   void make_scales(const Kind &kind, Random &random) {
     if (kind.scale_type == FEWBITS_SCALE_NESTED) {
-      Kind inner = kind.nested_flat ? Kind{"", 8, FEWBITS_TABLE, FEWBITS_FLAT, true, 1, 256, FEWBITS_SCALE_F32, false, true, false, 1}
-                                    : Kind{"", 8, FEWBITS_TABLE, FEWBITS_ROWS, false, 0, 0, FEWBITS_SCALE_F32, false, false, false, 1};
+      Kind inner =
+          kind.nested_flat
+              ? Kind{"",    8, FEWBITS_TABLE, FEWBITS_FLAT, true, 1, 256, FEWBITS_SCALE_F32, false, true,
+                     false, 1}
+              : Kind{"",    8, FEWBITS_TABLE, FEWBITS_ROWS, false, 0, 0, FEWBITS_SCALE_F32, false, false,
+                     false, 1};
       bool run = kind.flat || kind.nested_flat;
       nested = std::make_unique<Weight>(inner, run ? 1 : grid_rows(), run ? groups() : across(), random);
       w.nested = &nested->w;
@@ -176,8 +181,12 @@ struct Weight {
   // Each step rounds to float32.
   float decode(int64_t row, int64_t column) const {
     int c = code(row, column), z = w.middle;
-    if (w.zero) z = bits_at(zero.data() + row / w.group_rows * packed(across()), column / w.group_columns * w.bits, w.bits);
-    float value = w.kind == FEWBITS_TABLE ? table[(size_t)c] : w.kind == FEWBITS_SIGNED ? (float)(int8_t)c : (float)(c - z);
+    if (w.zero)
+      z = bits_at(zero.data() + row / w.group_rows * packed(across()), column / w.group_columns * w.bits,
+                  w.bits);
+    float value = w.kind == FEWBITS_TABLE    ? table[(size_t)c]
+                  : w.kind == FEWBITS_SIGNED ? (float)(int8_t)c
+                                             : (float)(c - z);
     value = value * scale(row, column);
     if (w.unit != 1) value = value * w.unit;
     return w.offset ? value + offset : value;
@@ -186,9 +195,10 @@ struct Weight {
 
 // The formats of src/fewbits/format.py, by what matters to a kernel; tables are random.
 inline const std::vector<Kind> &kinds() {
-  constexpr int32_t T = FEWBITS_TABLE, N = FEWBITS_UNSIGNED, S = FEWBITS_SIGNED, ROWS = FEWBITS_ROWS, FLAT = FEWBITS_FLAT,
-                    TILES = FEWBITS_TILES, F32 = FEWBITS_SCALE_F32, F16 = FEWBITS_SCALE_F16, BF16 = FEWBITS_SCALE_BF16,
-                    E8M0 = FEWBITS_SCALE_E8M0, NESTED = FEWBITS_SCALE_NESTED;
+  constexpr int32_t T = FEWBITS_TABLE, N = FEWBITS_UNSIGNED, S = FEWBITS_SIGNED, ROWS = FEWBITS_ROWS,
+                    FLAT = FEWBITS_FLAT, TILES = FEWBITS_TILES, F32 = FEWBITS_SCALE_F32,
+                    F16 = FEWBITS_SCALE_F16, BF16 = FEWBITS_SCALE_BF16, E8M0 = FEWBITS_SCALE_E8M0,
+                    NESTED = FEWBITS_SCALE_NESTED;
   static const std::vector<Kind> all = {
       {"nf4:g64", 4, T, FLAT, true, 1, 64, F32, false, false, false, 1},
       {"nf4:g64:dq", 4, T, FLAT, true, 1, 64, NESTED, false, false, true, 1},

@@ -50,10 +50,17 @@ void report(const char *word, uint32_t a, uint32_t b, uint32_t got, uint32_t wan
 uint32_t same_nan(float value) { return value != value ? 0x7fc00000u : word_of(value); }
 
 std::vector<float> floats() {
-  std::vector<float> values = {0.0f, 0.25f, 0.5f, 0.75f, 1.0f, 1.5f, 2.5f, 3.5f, 126.5f, 127.5f, 255.5f, 4194303.5f,
-                               4194304.5f, 8388607.5f, 8388608.0f, 16777217.0f, 2147483520.0f, 3e9f, 65504.0f,
-                               65519.996f, 65520.0f, 1e38f, 3.4e38f, 1e-38f, 1e-40f, 1.4e-45f, 5.9604645e-8f,
-                               2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f, INFINITY, NAN, float_of(0x7f800001)};
+  std::vector<float> values = {0.0f,          0.25f,         0.5f,
+                               0.75f,         1.0f,          1.5f,
+                               2.5f,          3.5f,          126.5f,
+                               127.5f,        255.5f,        4194303.5f,
+                               4194304.5f,    8388607.5f,    8388608.0f,
+                               16777217.0f,   2147483520.0f, 3e9f,
+                               65504.0f,      65519.996f,    65520.0f,
+                               1e38f,         3.4e38f,       1e-38f,
+                               1e-40f,        1.4e-45f,      5.9604645e-8f,
+                               2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f,
+                               INFINITY,      NAN,           float_of(0x7f800001)};
   for (size_t i = 0, n = values.size(); i < n; i++) values.push_back(-values[i]);
   for (int i = 0; i < 20000; i++) values.push_back(float_of(random_word()));
   for (int i = 0; i < 4000; i++) values.push_back((float)(int32_t)random_word() * 1e-7f);
@@ -62,8 +69,7 @@ std::vector<float> floats() {
 }
 
 // got(F a, F b) and wanted(float a, float b) give the same for all pairs in steps of some primes.
-template <class Got, class Wanted>
-void pairs(const char *word, Got got, Wanted wanted) {
+template <class Got, class Wanted> void pairs(const char *word, Got got, Wanted wanted) {
   static const std::vector<float> values = floats();
   for (size_t shift : {(size_t)0, (size_t)1, (size_t)33, (size_t)1009}) {
     for (size_t i = 0; i < values.size(); i += LANES) {
@@ -78,8 +84,7 @@ void pairs(const char *word, Got got, Wanted wanted) {
   }
 }
 
-template <class Got, class Wanted>
-void ints(const char *word, Got got, Wanted wanted) {
+template <class Got, class Wanted> void ints(const char *word, Got got, Wanted wanted) {
   for (int i = 0; i < 5000; i++) {
     int32_t a[LANES], b[LANES], result[LANES];
     for (int k = 0; k < LANES; k++) a[k] = (int32_t)random_word(), b[k] = (int32_t)random_word() >> (i % 31);
@@ -99,7 +104,7 @@ uint16_t model_bf16(float value) {
 
 double model_from_f16(uint16_t half) {
   int exponent = half >> 10 & 31, fraction = half & 1023;
-  double magnitude = exponent == 31   ? (fraction ? NAN : INFINITY)
+  double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
                      : exponent == 0 ? ldexp(fraction, -24)
                                      : ldexp(1024 + fraction, exponent - 25);
   return half & 0x8000 ? -magnitude : magnitude;
@@ -120,32 +125,42 @@ uint16_t model_f16(float value) {
 }
 
 void test_arithmetic() {
-  pairs("set", [](F, F) { return set(2.5f); }, [](float, float) { return 2.5f; });
+  pairs(
+      "set", [](F, F) { return set(2.5f); }, [](float, float) { return 2.5f; });
   pairs("add", add, [](float a, float b) { return a + b; });
   pairs("sub", sub, [](float a, float b) { return a - b; });
   pairs("mul", mul, [](float a, float b) { return a * b; });
   pairs("div", div, [](float a, float b) { return a / b; });
   pairs("min", min, [](float a, float b) { return a < b ? a : b; });
   pairs("max", max, [](float a, float b) { return a > b ? a : b; });
-  pairs("abs", [](F a, F) { return abs(a); }, [](float a, float) { return fabsf(a); });
-  pairs("round", [](F a, F) { return round(a); }, [](float a, float) { return nearbyintf(a); });
-  pairs("where_positive", [](F a, F b) { return where_positive(b, a, set(7.0f)); },
-        [](float a, float b) { return b > 0 ? a : 7.0f; });
-  pairs("bits, as_float", [](F a, F) { return as_float(bits(a)); }, [](float a, float) { return a; });
-  pairs("to_int", [](F a, F) { return to_float(to_int(round(max(min(a, set(1e9f)), set(-1e9f))))); },
-        [](float a, float) {
-          a = a < 1e9f ? a : 1e9f;
-          return nearbyintf(a > -1e9f ? a : -1e9f) + 0.0f;  // integers have no -0
-        });
-  pairs("count_greater", [](F a, F b) { return to_float(count_greater(count_greater(set_int(5), a, b), b, set(1.0f))); },
-        [](float a, float b) { return (float)(5 + (a > b) + (b > 1.0f)); });
+  pairs(
+      "abs", [](F a, F) { return abs(a); }, [](float a, float) { return fabsf(a); });
+  pairs(
+      "round", [](F a, F) { return round(a); }, [](float a, float) { return nearbyintf(a); });
+  pairs(
+      "where_positive", [](F a, F b) { return where_positive(b, a, set(7.0f)); },
+      [](float a, float b) { return b > 0 ? a : 7.0f; });
+  pairs(
+      "bits, as_float", [](F a, F) { return as_float(bits(a)); }, [](float a, float) { return a; });
+  pairs(
+      "to_int", [](F a, F) { return to_float(to_int(round(max(min(a, set(1e9f)), set(-1e9f))))); },
+      [](float a, float) {
+        a = a < 1e9f ? a : 1e9f;
+        return nearbyintf(a > -1e9f ? a : -1e9f) + 0.0f;  // integers have no -0
+      });
+  pairs(
+      "count_greater",
+      [](F a, F b) { return to_float(count_greater(count_greater(set_int(5), a, b), b, set(1.0f))); },
+      [](float a, float b) { return (float)(5 + (a > b) + (b > 1.0f)); });
   // Once or twice rounded; the same everywhere but in the last place.
-  const float a[] = {1.1f, -3.3f, 1e20f, 1e-30f}, b[] = {2.7f, 1e10f, -1e18f, 1e-9f}, c[] = {-2.97f, 3.3e10f, 1e38f, 0};
+  const float a[] = {1.1f, -3.3f, 1e20f, 1e-30f}, b[] = {2.7f, 1e10f, -1e18f, 1e-9f},
+              c[] = {-2.97f, 3.3e10f, 1e38f, 0};
   for (int i = 0; i < 4; i++) {
     float result[LANES], once = ::fmaf(a[i], b[i], c[i]), twice = a[i] * b[i] + c[i];
     store(result, fma(set(a[i]), set(b[i]), set(c[i])));
     for (float value : result) {
-      if (value != once && value != twice) report("fma", word_of(a[i]), word_of(b[i]), word_of(value), word_of(once));
+      if (value != once && value != twice)
+        report("fma", word_of(a[i]), word_of(b[i]), word_of(value), word_of(once));
     }
   }
 }
@@ -155,14 +170,17 @@ void test_any() {
     for (float value : {1.0f, -1.0f, 0.0f, -0.0f, 1e-45f, (float)NAN, (float)INFINITY, (float)-INFINITY}) {
       float values[LANES];
       for (int k = 0; k < LANES; k++) values[k] = k == place ? value : -2.0f;
-      if (any_positive(load(values)) != (value > 0)) report("any_positive", word_of(value), 0, value <= 0, value > 0);
-      if (any_zero(load(values)) != (value == 0)) report("any_zero", word_of(value), 0, value != 0, value == 0);
+      if (any_positive(load(values)) != (value > 0))
+        report("any_positive", word_of(value), 0, value <= 0, value > 0);
+      if (any_zero(load(values)) != (value == 0))
+        report("any_zero", word_of(value), 0, value != 0, value == 0);
     }
   }
 }
 
 void test_integers() {
-  ints("set_int", [](I, I) { return set_int(-9); }, [](int32_t, int32_t) { return -9; });
+  ints(
+      "set_int", [](I, I) { return set_int(-9); }, [](int32_t, int32_t) { return -9; });
   ints("add_int", add_int, [](int32_t a, int32_t b) { return (uint32_t)a + (uint32_t)b; });
   ints("sub_int", sub_int, [](int32_t a, int32_t b) { return (uint32_t)a - (uint32_t)b; });
   ints("mul_int", mul_int, [](int32_t a, int32_t b) { return (uint32_t)a * (uint32_t)b; });
@@ -170,13 +188,22 @@ void test_integers() {
   ints("min_int", min_int, [](int32_t a, int32_t b) { return a < b ? a : b; });
   ints("and_int", and_int, [](int32_t a, int32_t b) { return a & b; });
   ints("or_int", or_int, [](int32_t a, int32_t b) { return a | b; });
-  ints("shift_left", [](I a, I) { return shift_left<5>(a); }, [](int32_t a, int32_t) { return (uint32_t)a << 5; });
-  ints("shift_left 0", [](I a, I) { return shift_left<0>(a); }, [](int32_t a, int32_t) { return a; });
-  ints("shift_right", [](I a, I) { return shift_right<28>(a); }, [](int32_t a, int32_t) { return (uint32_t)a >> 28; });
-  ints("shift_right 0", [](I a, I) { return shift_right<0>(a); }, [](int32_t a, int32_t) { return a; });
-  ints("shift_right_by", [](I a, I b) { return shift_right_by(a, and_int(b, set_int(31))); },
-       [](int32_t a, int32_t b) { return (uint32_t)a >> (b & 31); });
-  ints("to_float", [](I a, I) { return bits(to_float(a)); }, [](int32_t a, int32_t) { return word_of((float)a); });
+  ints(
+      "shift_left", [](I a, I) { return shift_left<5>(a); },
+      [](int32_t a, int32_t) { return (uint32_t)a << 5; });
+  ints(
+      "shift_left 0", [](I a, I) { return shift_left<0>(a); }, [](int32_t a, int32_t) { return a; });
+  ints(
+      "shift_right", [](I a, I) { return shift_right<28>(a); },
+      [](int32_t a, int32_t) { return (uint32_t)a >> 28; });
+  ints(
+      "shift_right 0", [](I a, I) { return shift_right<0>(a); }, [](int32_t a, int32_t) { return a; });
+  ints(
+      "shift_right_by", [](I a, I b) { return shift_right_by(a, and_int(b, set_int(31))); },
+      [](int32_t a, int32_t b) { return (uint32_t)a >> (b & 31); });
+  ints(
+      "to_float", [](I a, I) { return bits(to_float(a)); },
+      [](int32_t a, int32_t) { return word_of((float)a); });
 }
 
 void test_bytes_and_halves() {
@@ -194,8 +221,10 @@ void test_bytes_and_halves() {
     store_u8(low, add_int(load_u8(bytes), set_int((int32_t)(start << 8))));
     for (int k = 0; k < LANES; k++) {
       float expected = (float)model_from_f16(halves[k]);
-      if (word_of(bf16[k]) != (uint32_t)halves[k] << 16) report("load_bf16", halves[k], 0, word_of(bf16[k]), 0);
-      if (same_nan(f16[k]) != same_nan(expected)) report("load_f16", halves[k], 0, word_of(f16[k]), word_of(expected));
+      if (word_of(bf16[k]) != (uint32_t)halves[k] << 16)
+        report("load_bf16", halves[k], 0, word_of(bf16[k]), 0);
+      if (same_nan(f16[k]) != same_nan(expected))
+        report("load_f16", halves[k], 0, word_of(f16[k]), word_of(expected));
       if (wide[k] != bytes[k]) report("load_u8", bytes[k], 0, (uint32_t)wide[k], bytes[k]);
       if (narrow[k] != (int8_t)bytes[k]) report("load_i8", bytes[k], 0, (uint32_t)narrow[k], bytes[k]);
       if (low[k] != bytes[k]) report("store_u8", bytes[k], 0, low[k], bytes[k]);
@@ -221,17 +250,21 @@ void test_bytes_and_halves() {
       store_int(bf16_words, bf16_bits(load(of_bf16)));
       store_int(f16_words, f16_bits(load(of_f16)));
       for (int k = 0; k < LANES; k++) {
-        if (bf16_words[k] != model_bf16(of_bf16[k])) report("bf16_bits", word_of(of_bf16[k]), 0, (uint32_t)bf16_words[k], model_bf16(of_bf16[k]));
-        if (f16_words[k] != model_f16(of_f16[k])) report("f16_bits", word_of(of_f16[k]), 0, (uint32_t)f16_words[k], model_f16(of_f16[k]));
+        if (bf16_words[k] != model_bf16(of_bf16[k]))
+          report("bf16_bits", word_of(of_bf16[k]), 0, (uint32_t)bf16_words[k], model_bf16(of_bf16[k]));
+        if (f16_words[k] != model_f16(of_f16[k]))
+          report("f16_bits", word_of(of_f16[k]), 0, (uint32_t)f16_words[k], model_f16(of_f16[k]));
       }
       stored[LANES] = 99;
       store_bf16(stored, load(of_bf16));
       for (int k = 0; k < LANES; k++) {
-        if (stored[k] != model_bf16(of_bf16[k])) report("store_bf16", word_of(of_bf16[k]), 0, stored[k], model_bf16(of_bf16[k]));
+        if (stored[k] != model_bf16(of_bf16[k]))
+          report("store_bf16", word_of(of_bf16[k]), 0, stored[k], model_bf16(of_bf16[k]));
       }
       store_f16(stored, load(of_f16));
       for (int k = 0; k < LANES; k++) {
-        if (stored[k] != model_f16(of_f16[k])) report("store_f16", word_of(of_f16[k]), 0, stored[k], model_f16(of_f16[k]));
+        if (stored[k] != model_f16(of_f16[k]))
+          report("store_f16", word_of(of_f16[k]), 0, stored[k], model_f16(of_f16[k]));
       }
       if (stored[LANES] != 99) report("store_f16 past its end", 0, 0, stored[LANES], 99);
     }
@@ -241,11 +274,13 @@ void test_bytes_and_halves() {
     uint16_t stored[LANES];
     store_bf16(stored, load(&values[i]));
     for (int k = 0; k < LANES; k++) {
-      if (stored[k] != model_bf16(values[i + k])) report("store_bf16", word_of(values[i + k]), 0, stored[k], model_bf16(values[i + k]));
+      if (stored[k] != model_bf16(values[i + k]))
+        report("store_bf16", word_of(values[i + k]), 0, stored[k], model_bf16(values[i + k]));
     }
     store_f16(stored, load(&values[i]));
     for (int k = 0; k < LANES; k++) {
-      if (stored[k] != model_f16(values[i + k])) report("store_f16", word_of(values[i + k]), 0, stored[k], model_f16(values[i + k]));
+      if (stored[k] != model_f16(values[i + k]))
+        report("store_f16", word_of(values[i + k]), 0, stored[k], model_f16(values[i + k]));
     }
   }
 }
@@ -260,14 +295,16 @@ void test_tables() {
     for (int k = 0; k < LANES; k++) index[k] = (int32_t)(random_word() & 255);
     store(result, gather(table, load_int(index)));
     for (int k = 0; k < LANES; k++) {
-      if (result[k] != table[index[k]]) report("gather", (uint32_t)index[k], 0, word_of(result[k]), word_of(table[index[k]]));
+      if (result[k] != table[index[k]])
+        report("gather", (uint32_t)index[k], 0, word_of(result[k]), word_of(table[index[k]]));
       index[k] = (int32_t)random_word();  // bits above the fourth do not count
     }
     int32_t lanes[LANES];
     for (int k = 0; k < LANES; k++) lanes[k] = index[k] & (LANES - 1);
     store(result, pick(table + 7, load_int(lanes)));
     for (int k = 0; k < LANES; k++) {
-      if (result[k] != table[7 + lanes[k]]) report("pick", (uint32_t)lanes[k], 0, word_of(result[k]), word_of(table[7 + lanes[k]]));
+      if (result[k] != table[7 + lanes[k]])
+        report("pick", (uint32_t)lanes[k], 0, word_of(result[k]), word_of(table[7 + lanes[k]]));
     }
     store(result, look_up(sixteen, load_int(index)));
     for (int k = 0; k < LANES; k++) {
@@ -280,7 +317,8 @@ void test_tables() {
 void test_stores() {
   alignas(64) int32_t whole[LANES], streamed[LANES];
   float even[LANES], odd[LANES], both[2 * LANES];
-  for (int k = 0; k < LANES; k++) whole[k] = (int32_t)random_word(), even[k] = (float)k, odd[k] = (float)k + 0.5f;
+  for (int k = 0; k < LANES; k++)
+    whole[k] = (int32_t)random_word(), even[k] = (float)k, odd[k] = (float)k + 0.5f;
   store_pairs(both, load(even), load(odd));
   stream(streamed, load_int(whole));
   stream_end();
@@ -301,7 +339,8 @@ void test_totals() {
     }
     if (sum(load(values)) != total) report("sum", 0, 0, word_of(sum(load(values))), word_of(total));
     if (largest(load(values)) != most) report("largest", 0, 0, word_of(largest(load(values))), word_of(most));
-    if (sum_int(load_int(whole)) != whole_total) report("sum_int", 0, 0, (uint32_t)sum_int(load_int(whole)), (uint32_t)whole_total);
+    if (sum_int(load_int(whole)) != whole_total)
+      report("sum_int", 0, 0, (uint32_t)sum_int(load_int(whole)), (uint32_t)whole_total);
   }
 }
 
@@ -312,7 +351,8 @@ void test_products() {
     for (int k = 0; k < BYTES; k++) {
       weights[k] = (int8_t)random_word();
       x[k] = (int8_t)((int)(random_word() % 255) - 127);
-      if (i % 4 == 0) weights[k] = (int8_t)(random_word() & 1 ? -128 : 127), x[k] = (int8_t)(i & 4 ? -127 : 127);
+      if (i % 4 == 0)
+        weights[k] = (int8_t)(random_word() & 1 ? -128 : 127), x[k] = (int8_t)(i & 4 ? -127 : 127);
     }
     for (int32_t &value : start) value = (int32_t)random_word() >> 4;
     bool repeat = i % 2;
@@ -321,7 +361,8 @@ void test_products() {
     for (int k = 0; k < LANES; k++) {
       int32_t wanted = start[k];
       for (int j = 0; j < 4; j++) wanted += (weights[4 * k + j] + WEIGHT_BIAS) * x[repeat ? j : 4 * k + j];
-      if (result[k] != wanted) report("dot_bytes", (uint32_t)i, (uint32_t)k, (uint32_t)result[k], (uint32_t)wanted);
+      if (result[k] != wanted)
+        report("dot_bytes", (uint32_t)i, (uint32_t)k, (uint32_t)result[k], (uint32_t)wanted);
     }
   }
 }
@@ -336,7 +377,8 @@ void test_byte_tables() {
     store_int(high, look_up_high(table, load_bytes(codes)));
     for (int k = 0; k < BYTES; k++) {
       if (low[k] != values[codes[k] & 15]) report("look_up_low", codes[k], 0, low[k], values[codes[k] & 15]);
-      if (high[k] != values[codes[k] >> 4]) report("look_up_high", codes[k], 0, high[k], values[codes[k] >> 4]);
+      if (high[k] != values[codes[k] >> 4])
+        report("look_up_high", codes[k], 0, high[k], values[codes[k] >> 4]);
     }
   }
   for (int64_t stride : {64, 65, 100}) {

@@ -31,6 +31,8 @@ _BLOCK = 2**19
 """Weights that are quantized or decoded at a time."""
 _BLOCK_BYTES = 16
 """Of temporaries for each of them: 8 to 32, by format."""
+_PANEL = 2**22
+"""Bytes of W that the C++ kernels decode at a time."""
 _INT8_COLUMNS = 1024
 """Columns of W that LLM.int8() multiplies at a time."""
 _ROW_BYTES = 21
@@ -108,15 +110,17 @@ def _in_flight(module: nn.Module) -> int:
     return max(sizes)
 
 
-def decoding_bytes(model: nn.Module, tokens: int) -> int:
-    """Temporaries of the hungriest product x · decode(W)ᵀ of `model` in plain torch, x [tokens, in].
+def decoding_bytes(model: nn.Module, tokens: int, compiled: bool = False) -> int:
+    """Temporaries of the hungriest product x · decode(W)ᵀ of `model`, x [tokens, in].
 
-    The C++ kernels need less on a CPU: there it is an upper bound.
+    `compiled`: with the C++ kernels, which need a panel of W and x once more, in up to 4 bytes; else in plain
+    torch:
     Decoding: W [out, in] in the dtype of the model, and a block. LLM.int8(): of x three float32 forms and a
     mask, 13 × tokens × in; of y three, or two and 1024 columns of W, all of 4 bytes.
     """
     layers = (layer for layer in _quantized(model) if not isinstance(layer, QuantEmbedding))
-    return max((_product(layer, tokens) for layer in layers), default=0)
+    product = _compiled_product if compiled else _product
+    return max((product(layer, tokens) for layer in layers), default=0)
 
 
 def lookup_bytes(model: nn.Module, tokens: int) -> int:
@@ -137,6 +141,15 @@ def _product(layer: QuantModule, tokens: int) -> int:
             sizes.append(13 * tokens * columns + product)
         else:
             sizes.append(rows * columns * dtype.itemsize + _block(shape))
+    return max(sizes)
+
+
+def _compiled_product(layer: QuantModule, tokens: int) -> int:
+    sizes = [0]
+    for shape, dtype in layer.weights().values():
+        x = 4 * tokens * shape[1]
+        panel = 0 if layer.scheme.activation is not None else min(shape.numel() * dtype.itemsize, _PANEL)
+        sizes.append(x + panel)
     return max(sizes)
 
 

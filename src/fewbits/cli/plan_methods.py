@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from fewbits import reference
+from fewbits.backends import choose
 from fewbits.checkpoint.folder import open_folder, read_config
 from fewbits.checkpoint.safetensors import shown
 from fewbits.cli.common import format_bytes
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
+from fewbits.format import Format
+from fewbits.machine import accelerators
 from fewbits.model import quantize_model
 from fewbits.nn import QuantModule
 from fewbits.planner import (
@@ -197,7 +201,8 @@ class Source:
         tokens = case.batch * case.context
         activations = None
         if cache is not None and live is not None:
-            peak = max(live.with_decoding(decoding_bytes(model, tokens)), lookup_bytes(model, tokens))
+            decoding = decoding_bytes(model, tokens, compiled=_computes_in_c())
+            peak = max(live.with_decoding(decoding), lookup_bytes(model, tokens))
             activations = max(0, peak - cache)
         weights = model.get_memory_footprint()
         estimate = Estimate(weights, loading, cache, activations, adapters)
@@ -213,6 +218,12 @@ class Source:
                 self._demands[key] = (None, None)
                 self._tell(f"KV cache and activations are not estimated: {error}.")
         return self._demands[key]
+
+
+def _computes_in_c() -> bool:
+    """Whether this machine runs models on its processor, with the C++ kernels."""
+    kernels = choose("linear", Format.parse("nf4:g64"), torch.device("cpu"))
+    return not accelerators() and kernels is not reference
 
 
 def _run(model: Any, case: Case) -> tuple[int, Live]:

@@ -72,14 +72,11 @@ int32_t check(const fewbits_weight *weight, int depth) {
     return fail(FEWBITS_BAD_ARGUMENT, "signed codes have 8 bits, got %d", w.bits);
   if (w.kind == FEWBITS_UNSIGNED && (w.middle < 0 || w.middle >= 1 << w.bits))
     return fail(FEWBITS_BAD_ARGUMENT, "a zero point of %d for codes of %d bits", w.middle, w.bits);
-  if (w.layout < FEWBITS_ROWS || w.layout > FEWBITS_TILES)
+  if (w.layout < FEWBITS_ROWS || w.layout > FEWBITS_FLAT)
     return fail(FEWBITS_BAD_ARGUMENT, "unknown layout of codes: %d", w.layout);
   if (w.layout == FEWBITS_FLAT && w.bits != 4 && w.bits != 8)
     return fail(FEWBITS_BAD_ARGUMENT, "flat codes have 4 or 8 bits, got %d", w.bits);
-  if (w.layout == FEWBITS_TILES && (w.bits != 4 || w.rows % 16 || w.columns % 8))
-    return fail(FEWBITS_BAD_ARGUMENT, "tiles hold 4-bit codes of a [16 n, 8 k] weight, got %d-bit codes of [%lld, %lld]",
-                w.bits, (long long)w.rows, (long long)w.columns);
-  if (w.high_first != (w.layout == FEWBITS_FLAT) && w.layout != FEWBITS_TILES)
+  if (w.high_first != (w.layout == FEWBITS_FLAT))
     return fail(FEWBITS_BAD_ARGUMENT, "high_first does not fit the layout");
   int64_t bytes = w.layout == FEWBITS_FLAT ? packed_bytes(w.rows * w.columns, w.bits)
                                            : w.rows * packed_bytes(w.columns, w.bits);
@@ -120,7 +117,7 @@ int32_t check_nested(const fewbits_weight &outer, int64_t groups, int depth) {
   if (!outer.nested) return fail(FEWBITS_BAD_ARGUMENT, "the nested scales are null");
   if (int32_t status = check(outer.nested, depth + 1)) return status;
   const fewbits_weight &inner = *outer.nested;
-  if (inner.rows * inner.columns != groups || inner.bits != 8 || inner.layout == FEWBITS_TILES)
+  if (inner.rows * inner.columns != groups || inner.bits != 8)
     return fail(FEWBITS_BAD_ARGUMENT, "%lld scales are nested as [%lld, %lld] of %d bits", (long long)groups,
                 (long long)inner.rows, (long long)inner.columns, inner.bits);
   return FEWBITS_OK;

@@ -14,7 +14,7 @@
 #endif
 
 // Raised by one with every change of a struct or a signature; the caller refuses another number.
-#define FEWBITS_ABI 1
+#define FEWBITS_ABI 2
 
 enum fewbits_status {
   FEWBITS_OK = 0,
@@ -37,7 +37,6 @@ enum fewbits_codes {
 enum fewbits_layout {
   FEWBITS_ROWS = 0,   // every row starts on a byte; within a byte the first code has the lowest bits
   FEWBITS_FLAT = 1,   // one dense run over all rows; the first code has the highest bits of its byte
-  FEWBITS_TILES = 2,  // FLAT or ROWS of 4-bit codes, cut into blocks of 16 rows and 4 bytes (see kernels/tile.h)
 };
 
 enum fewbits_scale {
@@ -122,12 +121,12 @@ FEWBITS_API int32_t fewbits_use_isa(const char *name);
 FEWBITS_API int32_t fewbits_dequantize(const fewbits_weight *weight, const int64_t *row_list, int64_t first_row,
                                        int64_t rows, int64_t first_column, int64_t columns, void *out,
                                        int64_t out_elements, int64_t out_stride, int32_t dtype, int32_t threads);
-// Scales and zero points of every group, and codes (null: none). `exact_scale` (or null): the scales before they
-// are rounded to what is stored. `given_scale`: codes for these scales and the zero points in `zero`; nothing else.
+// Scales and zero points of every group, and codes (null: none). `given_scale`: codes for these scales and the zero
+// points in `zero`; nothing else.
 FEWBITS_API int32_t fewbits_quantize(const fewbits_encoding *encoding, const void *values, int64_t value_count,
                                      int32_t dtype, const float *given_scale, int64_t given_scales, void *scale,
-                                     int64_t scale_bytes, float *exact_scale, uint8_t *zero, int64_t zero_bytes,
-                                     uint8_t *codes, int64_t codes_bytes, int32_t threads);
+                                     int64_t scale_bytes, uint8_t *zero, int64_t zero_bytes, uint8_t *codes,
+                                     int64_t codes_bytes, int32_t threads);
 // The mean of float32 or float64 values, summed in the order of reference._mean.
 FEWBITS_API int32_t fewbits_mean(const void *values, int64_t count, int32_t dtype, float *mean);
 // y = x · decode(weight)ᵀ + bias.

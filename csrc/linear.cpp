@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t TILE = 16, WORD = 8;  // rows and columns of a tile's word
 constexpr int64_t LONGEST_UNIT = 512;   // columns
+constexpr int64_t INT8_TILES_FROM = 7;    // rows of x: fewer are multiplied with columns in the lanes
 constexpr int64_t CUT_BYTES = 256 << 10;  // of x that stay in the second cache while rows of W pass by
 
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
@@ -125,7 +126,7 @@ int32_t multiply(const fewbits_weight &w, const fewbits_product &p, int32_t kind
   int64_t units = ceil_div(w.columns, unit), chunks = ceil_div(w.columns, WORD), tiles = ceil_div(w.rows, TILE);
   bool byte = kind == PRODUCT_INT8, sums = w.zero;
   int64_t x_bytes = p.m * chunks * operand_bytes(kind), side = p.m * units * 4;
-  bool lanes = p.m <= table.few_rows && w.layout != FEWBITS_TILES && w.bits == 4 && is_power_of_two(unit);
+  bool lanes = p.m <= table.few_rows && w.bits == 4 && is_power_of_two(unit);
   if (lanes) {
     int64_t whole = ceil_div(chunks, table.lanes) * table.lanes;
     x_bytes = p.m * whole * operand_bytes(kind);
@@ -162,7 +163,7 @@ int32_t multiply(const fewbits_weight &w, const fewbits_product &p, int32_t kind
   if (!run_pieces(table.pack_x, &pack, p.m, ceil_div(p.m, 4 * p.threads), row_bytes, packers))
     return fail(FEWBITS_NO_MEMORY, "no memory for a row of %lld activations", (long long)w.columns);
   // Small pieces near the end let the threads end together; large ones read x less often.
-  int64_t most = blocks == 1 ? 4 : 8, grain = tiles / (8 * p.threads) * 2;
+  int64_t most = blocks <= 2 ? 16 : 8, grain = tiles / (8 * p.threads) * 2;
   grain = grain < 1 ? 1 : grain > most ? most : grain;
   int64_t scratch = grain * (p.m + 2 * units) * TILE * 4 + TILE * (units + 64) * 4 + table.x_rows * 64 +
                     2 * (task.cut / WORD + TILE) * 64 + 1024;
@@ -171,11 +172,11 @@ int32_t multiply(const fewbits_weight &w, const fewbits_product &p, int32_t kind
   return FEWBITS_OK;
 }
 
-// Runs both phases of LLM.int8() once all memory is there.
+// Runs all phases of LLM.int8() once its memory is there.
 int32_t multiply_in_int8(Int8Task &task, int64_t columns) {
   const fewbits_product &p = *task.product;
   const KernelTable &table = *kernels();
-  int64_t grain = ceil_div(p.m, 4 * p.threads), row_bytes = (task.stride + 64) * 4;
+  int64_t grain = ceil_div(p.m, 4 * p.threads), row_bytes = (task.stride + 64) * 5;
   int32_t packers = p.m * columns < 32768 ? 1 : p.threads;
   task.searching = 1;
   bool done = run_pieces(table.quantize_x, &task, p.m, grain, row_bytes, packers);
@@ -186,9 +187,17 @@ int32_t multiply_in_int8(Int8Task &task, int64_t columns) {
   task.outlier_x = picked.as<float>();
   task.searching = 0;
   done = done && !picked.failed() && run_pieces(table.quantize_x, &task, p.m, grain, row_bytes, packers);
-  int64_t tiles = ceil_div(task.weight->rows, TILE), pieces = tiles / (8 * p.threads);
-  pieces = pieces < 1 ? 1 : pieces > 4 ? 4 : pieces;
-  done = done && run_pieces(table.multiply_int8, &task, tiles, pieces, task.outliers * TILE * 4, useful_threads(*task.weight, p));
+  int64_t tiles = ceil_div(task.weight->rows, TILE), pieces = tiles / (8 * p.threads), most = task.tiles ? 8 : 4;
+  pieces = pieces < 1 ? 1 : pieces > most ? most : pieces;
+  int64_t scratch = 2 * (task.outliers + (task.tiles ? table.x_rows + columns / 4 + 1 : 0)) * TILE * 4 + 512;
+  // With tiles, so many rows of x at a time as stay in the second cache.
+  int64_t blocks = task.tiles ? ceil_div(p.m, table.x_rows) : 1, rounds = ceil_div(p.m * columns, 2 * CUT_BYTES);
+  rounds = task.tiles && rounds > 1 ? (rounds < blocks ? rounds : blocks) : 1;
+  for (int64_t round = 0; round < rounds; round++) {
+    task.begin = blocks * round / rounds;
+    task.end = blocks * (round + 1) / rounds;
+    done = done && run_pieces(table.multiply_int8, &task, tiles, pieces, scratch, useful_threads(*task.weight, p));
+  }
   return done ? FEWBITS_OK : fail(FEWBITS_NO_MEMORY, "no memory for int8 activations");
 }
 
@@ -231,6 +240,7 @@ int32_t fewbits_linear_int8(const fewbits_weight *weight, const fewbits_product 
   task.weight = weight;
   task.product = product;
   task.threshold = threshold;
+  task.tiles = p.m >= INT8_TILES_FROM;
   task.codes = codes.as<int8_t>();
   task.stride = stride;
   task.columns = numbers.as<int64_t>();

@@ -193,10 +193,9 @@ int32_t check_parts(const EncodeTask &task, int64_t value_count, int64_t given_s
   if (!task.used_scale && task.scale && scale_bytes != groups * item)
     return fail(FEWBITS_BAD_ARGUMENT, "the scales take %lld bytes, got %lld", (long long)(groups * item),
                 (long long)scale_bytes);
-  if (!task.used_scale && groups && !task.scale && !task.exact_scale)
+  if (!task.used_scale && groups && !task.scale)
     return fail(FEWBITS_BAD_ARGUMENT, "there is no place for the scales");
-  if (((uintptr_t)task.used_scale | (uintptr_t)task.exact_scale) % 4 ||
-      (uintptr_t)task.scale % (uintptr_t)item)
+  if ((uintptr_t)task.used_scale % 4 || (uintptr_t)task.scale % (uintptr_t)item)
     return fail(FEWBITS_BAD_ARGUMENT, "the scales do not lie on a multiple of their items' size");
   if (e.has_zero && (!task.zero || zero_bytes != grid.rows * packed(grid.across, e.bits)) && groups)
     return fail(FEWBITS_BAD_ARGUMENT, "the zero points take %lld bytes, got %lld",
@@ -314,8 +313,8 @@ int32_t fewbits_dequantize(const fewbits_weight *weight, const int64_t *row_list
 
 int32_t fewbits_quantize(const fewbits_encoding *encoding, const void *values, int64_t value_count,
                          int32_t dtype, const float *given_scale, int64_t given_scales, void *scale,
-                         int64_t scale_bytes, float *exact_scale, uint8_t *zero, int64_t zero_bytes,
-                         uint8_t *codes, int64_t codes_bytes, int32_t threads) {
+                         int64_t scale_bytes, uint8_t *zero, int64_t zero_bytes, uint8_t *codes,
+                         int64_t codes_bytes, int32_t threads) {
   if (int32_t status = check_encoding(encoding)) return status;
   if (int32_t status = check_threads(threads)) return status;
   const fewbits_encoding &e = *encoding;
@@ -338,7 +337,6 @@ int32_t fewbits_quantize(const fewbits_encoding *encoding, const void *values, i
   task.order = e.order ? steps.order : nullptr;
   task.used_scale = const_cast<float *>(given_scale);
   task.scale = scale;
-  task.exact_scale = exact_scale;
   task.zero = zero;
   task.codes = codes;
   task.bad = &bad;

@@ -40,7 +40,6 @@ struct EncodeTask {
   float *low, *high;            // [bands, across]: written by ranges alone, read by scales alone
   float *used_scale;            // [groups]: written by scales alone, read by codes alone
   void *scale;
-  float *exact_scale;
   uint8_t *zero;                // written by scales, read by codes alone
   uint8_t *codes;
   int32_t *bad;                 // set where values cannot be represented
@@ -90,9 +89,11 @@ struct Int8Task {
   int64_t *columns;     // [outliers]: those with outliers
   int64_t outliers;
   float *outlier_x;     // [m, outliers]
-  int8_t *codes;        // [m, stride]
+  int32_t tiles;        // how codes lie and what multiplies them: int8_tiles.h, otherwise int8.h
+  int8_t *codes;        // [m, stride], or with tiles [blocks][columns / 4][rows of the block][4]
   int64_t stride;       // a multiple of 64
   int32_t *code_sums;   // [m]
+  int64_t begin, end;   // blocks of x that are multiplied, with tiles
 };
 
 struct KernelTable {

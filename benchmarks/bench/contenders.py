@@ -14,7 +14,8 @@ class Contender:
 
     label       how tables call it
     library     the file bench/libraries/with_<library>.py; contenders of one library share a process
-    variant     what that file makes of it
+    variant     what that file makes of it; products of fewbits and bitsandbytes are those of their layers,
+                as in models, or with "function" those of the functions below them
     work        "linear", "dequantize" or "quantize"
     x           dtype of the activations: "bf16" or "f32"
     arithmetic  "bf16" and "fp32" leave the activations as they are, "int8" rounds them
@@ -58,15 +59,15 @@ CONTENDERS: tuple[Contender, ...] = (
     # --- exact: activations are left as they are
     _c(OURS, "fewbits", "nf4:g64"),
     _c(OURS_DQ, "fewbits", "nf4:g64:dq"),
-    _c("fewbits NF4, layer", "fewbits", "layer nf4:g64"),
     _c("fewbits NF4, float32 x", "fewbits", "nf4:g64", x="f32", arithmetic=EXACT32),
     _c(OURS_AVX2, "fewbits", "nf4:g64", environment=AVX2),
     _c("fewbits INT4 g128", "fewbits", "int4:g128:f16:zero", full=True),
     _c("fewbits INT8 weights", "fewbits", "int8:row", full=True),
     _c("fewbits FP8 weights", "fewbits", "fp8_e4m3:row", full=True),
+    _c("fewbits NF4, function", "fewbits", "function nf4:g64", full=True),
     _c(BNB, "bitsandbytes", "nf4"),
     _c("bitsandbytes NF4+dq", "bitsandbytes", "nf4:dq"),
-    _c("bitsandbytes NF4, layer", "bitsandbytes", "layer nf4"),
+    _c("bitsandbytes NF4, function", "bitsandbytes", "function nf4", full=True),
     _c("bitsandbytes NF4, float32 x", "bitsandbytes", "nf4", x="f32", full=True),
     _c(TORCH, "torch", "bf16"),
     _c("torch float32", "torch", "f32", x="f32", arithmetic=EXACT32),

@@ -217,12 +217,6 @@ static inline Codes codes_of(const fewbits_weight &w, int64_t row, int64_t first
     return {w.codes, place, count};
   }
   int64_t row_bytes = packed_bytes(w.columns, w.bits);
-  if (w.layout == FEWBITS_TILES) {
-    int64_t word = first / 8, words = (first + count + 7) / 8 - word;
-    const uint8_t *tile = w.codes + (row / 16 * (row_bytes / 4) + word) * 64 + row % 16 * 4;
-    for (int64_t i = 0; i < words; i++) __builtin_memcpy(buffer + 4 * i, tile + 64 * i, 4);
-    return {buffer, first % 8, count};
-  }
   const uint8_t *codes = w.codes + row * row_bytes;
   if (w.bits == 4 || w.bits == 8) return {codes, first, count};
   unpack_codes(codes, first, count, w.bits, w.high_first, buffer);
@@ -235,12 +229,11 @@ static inline void decode_columns(const Decoding &d, int64_t row, int64_t column
   const fewbits_weight &w = *d.weight;
   float scales[MAX_SCALES + 16], zeros[MAX_SCALES + 16];
   uint8_t buffer[MAX_UNPACKED + LANES];
-  bool copied = w.layout == FEWBITS_TILES || w.bits < 4;
   while (columns > 0) {
     Run run = run_at(w, row, column);
     int64_t piece = columns, reach = run.length + (MAX_SCALES - 1) * w.group_columns;
     if (piece > reach) piece = reach;
-    if (copied && piece > MAX_UNPACKED - 8) piece = MAX_UNPACKED - 8;
+    if (w.bits < 4 && piece > MAX_UNPACKED - 8) piece = MAX_UNPACKED - 8;
     int64_t more = piece > run.length ? (piece - run.length + w.group_columns - 1) / w.group_columns : 0;
     load_scales(w, run.group, 1 + more, scales);
     load_zeros(w, run.grid_row, run.grid_column, 1 + more, zeros);

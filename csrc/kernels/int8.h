@@ -3,11 +3,13 @@
 //
 //   y = (codes of x · codes of W) · absmax of x · scale of W / 127² + x[outliers] · decode(W)[outliers] + bias
 //
-// Columns lie in the lanes: both operands are read as they are stored.
+// Here columns lie in the lanes, and both operands are read as they are stored; for many rows of x see
+// int8_tiles.h.
 
 // Rows of W and of x whose sums fit the registers.
 constexpr int W_GROUP = LANES == 16 ? 4 : 2;
 constexpr int X_GROUP = LANES == 16 ? 6 : 4;
+constexpr int BYTE_COLUMNS = 4;  // of a word
 
 // Finds outliers and the largest magnitude of what is none, row by row.
 static void search_rows(const Int8Task &t, const Piece &piece) {
@@ -33,10 +35,19 @@ static void search_rows(const Int8Task &t, const Piece &piece) {
   }
 }
 
+// Puts the words (4 codes) of a row where int8_tiles.h wants them: beside those of the other rows of its block.
+static void spread_words(const Int8Task &t, int64_t m, const int8_t *codes) {
+  Block block = x_block(t.product->m, X_ROWS, block_of(t.product->m, X_ROWS, m));
+  int64_t words = ceil_div(t.weight->columns, BYTE_COLUMNS);
+  uint32_t *to = (uint32_t *)t.codes + block.first * words + m - block.first;
+  for (int64_t k = 0; k < words; k++) __builtin_memcpy(to + k * block.rows, codes + k * BYTE_COLUMNS, 4);
+}
+
 // Codes of x, with zeros in the columns of outliers; their sums; and the outliers themselves.
 static void quantize_rows(const Int8Task &t, const Piece &piece) {
   const fewbits_product &p = *t.product;
   float *row = (float *)piece.scratch;
+  int8_t *own = (int8_t *)(row + t.stride + 64);
   int64_t columns = t.weight->columns;
   for (int64_t m = piece.begin; m < piece.end; m++) {
     row_floats(p.x, m * p.x_stride, columns, p.x_dtype, row);
@@ -47,7 +58,7 @@ static void quantize_rows(const Int8Task &t, const Piece &piece) {
     constexpr float LEAST = 1e-38f * 127.0f;
     float absmax = t.absmax[m];
     F inverse = set(1.0f / (absmax > LEAST ? absmax : LEAST) * 127.0f);  // as torch divides a number by a tensor
-    int8_t *codes = t.codes + m * t.stride;
+    int8_t *codes = t.tiles ? own : t.codes + m * t.stride;
     I total = set_int(0);
     for (int64_t k = 0; k < t.stride; k += LANES) {
       I code = set_int(0);
@@ -60,6 +71,7 @@ static void quantize_rows(const Int8Task &t, const Piece &piece) {
       store_u8((uint8_t *)codes + k, code);
     }
     t.code_sums[m] = sum_int(total);
+    if (t.tiles) spread_words(t, m, codes);
   }
 }
 
@@ -76,12 +88,15 @@ static __attribute__((noinline)) void multiply_bytes(const uint8_t *weights, int
   constexpr int CHAINS = R * C <= 2 ? 4 : 1;
   I sums[CHAINS * R * C];
   UNROLL for (int i = 0; i < CHAINS * R * C; i++) sums[i] = set_int(0);
-  int64_t k = 0;
+  int64_t k = 0, ahead = fetched_ahead(R, w_stride);
   for (; k + CHAINS * BYTES <= columns; k += CHAINS * BYTES) {
     UNROLL for (int chain = 0; chain < CHAINS; chain++) {
       int64_t at = k + chain * BYTES;
       B w[R];
-      UNROLL for (int r = 0; r < R; r++) w[r] = biased(load_bytes(weights + r * w_stride + at));
+      UNROLL for (int r = 0; r < R; r++) {
+        w[r] = biased(load_bytes(weights + r * w_stride + at));
+        __builtin_prefetch(weights + r * w_stride + at + ahead, 0, 2);
+      }
       UNROLL for (int c = 0; c < C; c++) {
         B v = load_bytes(x + c * x_stride + at);
         UNROLL for (int r = 0; r < R; r++)
@@ -134,9 +149,30 @@ static inline float rounded_to(float value, int32_t dtype) {
   return lanes[0];
 }
 
+// What the epilogue needs of 16 rows of W.
+struct RowsOfW {
+  float scale[2 * TILE_ROWS], bias[TILE_ROWS];
+  float *picked;  // [outliers][16]: decoded columns
+};
+
+static void rows_of_w(const Int8Task &t, int64_t row, RowsOfW &of) {
+  const fewbits_weight &w = *t.weight;
+  const fewbits_product &p = *t.product;
+  int64_t rows = smaller(TILE_ROWS, w.rows - row);
+  for (int i = 0; i < TILE_ROWS; i++) of.scale[i] = of.bias[i] = 0.0f;
+  load_scales(w, row, rows, of.scale);
+  for (int64_t r = 0; p.bias && r < rows; r++) of.bias[r] = element(p.bias, row + r, p.bias_dtype);
+  for (int64_t o = 0; o < t.outliers; o++) {
+    for (int64_t r = 0; r < TILE_ROWS; r++) {
+      float code = r < rows ? (float)(int8_t)w.codes[(row + r) * w.columns + t.columns[o]] : 0.0f;
+      of.picked[o * TILE_ROWS + r] = rounded_to(code * of.scale[r] * w.unit, p.x_dtype);
+    }
+  }
+}
+
 // y of 16 rows of W and the rows [first, first + count) of x, from their int8 products.
 static void write_int8(const Int8Task &t, int64_t row, int64_t first, int64_t count, const int32_t *ints,
-                       const float *scale, const float *bias, const float *picked) {
+                       const RowsOfW &of) {
   const fewbits_product &p = *t.product;
   int64_t rows = smaller(TILE_ROWS, t.weight->rows - row);
   constexpr float SHRINK = (float)(1.0 / (127.0 * 127.0));
@@ -146,10 +182,10 @@ static void write_int8(const Int8Task &t, int64_t row, int64_t first, int64_t co
     I excess = set_int(WEIGHT_BIAS * t.code_sums[m]);
     for (int64_t i = 0; i < TILE_ROWS; i += LANES) {
       F value = to_float(sub_int(load_int(ints + c * TILE_ROWS + i), excess));
-      value = mul(mul(value, mul(set(t.absmax[m]), load(scale + i))), set(SHRINK));
+      value = mul(mul(value, mul(set(t.absmax[m]), load(of.scale + i))), set(SHRINK));
       for (int64_t o = 0; o < t.outliers; o++)
-        value = fma(set(t.outlier_x[m * t.outliers + o]), load(picked + o * TILE_ROWS + i), value);
-      value = add(value, load(bias + i));
+        value = fma(set(t.outlier_x[m * t.outliers + o]), load(of.picked + o * TILE_ROWS + i), value);
+      value = add(value, load(of.bias + i));
       if (p.y_dtype == FEWBITS_F32) store((float *)line + i, value);
       if (p.y_dtype == FEWBITS_F16) store_f16((uint16_t *)line + i, value);
       if (p.y_dtype == FEWBITS_BF16) store_bf16((uint16_t *)line + i, value);
@@ -159,22 +195,14 @@ static void write_int8(const Int8Task &t, int64_t row, int64_t first, int64_t co
   }
 }
 
-static void multiply_int8(const void *int8_task, const Piece &piece) {
-  const Int8Task &t = *(const Int8Task *)int8_task;
+static void multiply_lanes_of_bytes(const Int8Task &t, const Piece &piece) {
   const fewbits_weight &w = *t.weight;
   const fewbits_product &p = *t.product;
-  float *picked = (float *)piece.scratch;
+  RowsOfW of;
+  of.picked = (float *)piece.scratch;
   for (int64_t tile = piece.begin; tile < piece.end; tile++) {
     int64_t row = tile * TILE_ROWS, rows = smaller(TILE_ROWS, w.rows - row);
-    float scale[2 * TILE_ROWS] = {0}, bias[TILE_ROWS] = {0};
-    load_scales(w, row, rows, scale);
-    for (int64_t r = 0; p.bias && r < rows; r++) bias[r] = element(p.bias, row + r, p.bias_dtype);
-    for (int64_t o = 0; o < t.outliers; o++) {
-      for (int64_t r = 0; r < TILE_ROWS; r++) {
-        float code = r < rows ? (float)(int8_t)w.codes[(row + r) * w.columns + t.columns[o]] : 0.0f;
-        picked[o * TILE_ROWS + r] = rounded_to(code * scale[r] * w.unit, p.x_dtype);
-      }
-    }
+    rows_of_w(t, row, of);
     int32_t ints[X_GROUP * TILE_ROWS] = {0};
     for (int64_t m = 0; m < p.m; m += X_GROUP) {
       int64_t count = smaller(X_GROUP, p.m - m), step = count <= 2 ? 1 : W_GROUP;
@@ -185,7 +213,14 @@ static void multiply_int8(const void *int8_task, const Piece &piece) {
         run(w.codes + (row + r) * w.columns, w.columns, w.columns, x, t.stride, ints + r);
         r += whole ? W_GROUP : 1;
       }
-      write_int8(t, row, m, count, ints, scale, bias, picked);
+      write_int8(t, row, m, count, ints, of);
     }
   }
+}
+
+#include "int8_tiles.h"
+
+static void multiply_int8(const void *int8_task, const Piece &piece) {
+  const Int8Task &t = *(const Int8Task *)int8_task;
+  t.tiles ? multiply_byte_tiles(t, piece) : multiply_lanes_of_bytes(t, piece);
 }

@@ -6,9 +6,10 @@
 //   y[row] = Σ over units of scale · (Σ table[code] · x - zero · Σ x)
 //
 // A Product says in which numbers the inner sum is taken: float32 (any x), 16 bit (bfloat16 x, table rounded
-// to bfloat16), int8 (x quantized). STRIP vectors of rows of W are multiplied with up to X_ROWS rows of x at a
-// time: as many as there are registers for sums, so that every value that is loaded serves several products.
-constexpr int STRIP = 2;
+// to bfloat16), int8 (x quantized). A strip of one or two vectors of rows of W is multiplied with up to X_ROWS
+// rows of x at a time: as many as there are registers for sums, so that every value that is loaded serves several
+// products.
+constexpr int MOST_STRIP = 2;
 constexpr int X_ROWS = LANES == 16 ? 12 : 4;
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -22,7 +23,7 @@ struct FloatProduct {
   using Decoded = F;
   using Operand = float;
   using Tables = Table16;
-  static constexpr int OPERANDS = 8, ELEMENTS = 1;
+  static constexpr int STRIP = 2, OPERANDS = 8, ELEMENTS = 1;
   static constexpr int nibble(int operand, int) { return operand; }
   static constexpr int place(int operand, int, int lane) { return CHUNK * lane + operand; }
   static inline Tables tables(const float *values) { return make_table(values); }
@@ -47,6 +48,8 @@ struct ByteProduct {
   using Operand = uint32_t;  // four int8
   using Tables = ByteTable;
   static constexpr int OPERANDS = 2, ELEMENTS = 4;
+  // Sums of int8 products become floats at the end of each unit: half as many stay in registers until then.
+  static constexpr int STRIP = LANES == 16 ? 1 : 2;
   static constexpr int nibble(int operand, int element) { return 2 * element + operand; }
   static constexpr int place(int operand, int element, int lane) { return CHUNK * lane + nibble(operand, element); }
   static inline Tables tables(const float *values) {
@@ -104,12 +107,13 @@ static_assert(PAIR_BYTES == LanePairProduct::OPERANDS * (int32_t)sizeof(LanePair
 
 // STRIP (or fewer) vectors of rows against one block of x, over some units.
 struct Strip {
-  const uint8_t *codes[STRIP];                // from the first unit on
-  const float *scale[STRIP], *zero[STRIP];    // [units][16]; zero: or null
-  float *totals[STRIP];                       // [C][LANES] each: sums of the units before, and after
+  const uint8_t *codes[MOST_STRIP];                // from the first unit on
+  const float *scale[MOST_STRIP], *zero[MOST_STRIP];    // [units][16]; zero: or null
+  float *totals[MOST_STRIP];                       // [C][LANES] each: sums of the units before, and after
   const uint8_t *x;                           // of the block, from the first unit on
   const float *sums, *scales;                 // [units][C] of x, or null
   const int32_t *excess;                      // what sums of int8 products start with
+  const uint8_t *next;                        // codes of the next tiles, where they are fetched meanwhile
   int64_t units, unit, columns;
 };
 
@@ -117,11 +121,11 @@ struct Strip {
 template <class P, int C, int CHAINS, int J>
 static inline __attribute__((always_inline)) void multiply_operand(const typename P::Raw *raw, const typename P::Tables &tables,
                                                                   const typename P::Operand *x, typename P::Sum *sums) {
-  typename P::Decoded weights[STRIP];
-  UNROLL for (int g = 0; g < STRIP; g++) weights[g] = P::template decode<J>(raw[g], tables);
+  typename P::Decoded weights[P::STRIP];
+  UNROLL for (int g = 0; g < P::STRIP; g++) weights[g] = P::template decode<J>(raw[g], tables);
   UNROLL for (int c = 0; c < C; c++) {
-    UNROLL for (int g = 0; g < STRIP; g++) {
-      typename P::Sum &sum = sums[((J % CHAINS) * C + c) * STRIP + g];
+    UNROLL for (int g = 0; g < P::STRIP; g++) {
+      typename P::Sum &sum = sums[((J % CHAINS) * C + c) * P::STRIP + g];
       sum = P::multiply(sum, weights[g], x + J * C + c);
     }
   }
@@ -129,72 +133,77 @@ static inline __attribute__((always_inline)) void multiply_operand(const typenam
 }
 
 // The same with columns in the lanes (rows.h): operand J of a block is a vector of x for each of its rows.
-template <class P, int C, int R, int J>
+template <class P, int C, int R, int CHAINS, int J>
 static inline __attribute__((always_inline)) void multiply_lanes(const typename P::Raw *raw, const typename P::Tables &tables,
                                                                 const typename P::Operand *x, typename P::Sum *sums) {
   typename P::Decoded weights[R];
   UNROLL for (int r = 0; r < R; r++) weights[r] = P::template decode<J>(raw[r], tables);
   UNROLL for (int c = 0; c < C; c++) {
-    UNROLL for (int r = 0; r < R; r++)
-      sums[r * C + c] = P::multiply_lanes(sums[r * C + c], weights[r], x + (J * C + c) * LANES);
+    UNROLL for (int r = 0; r < R; r++) {
+      typename P::Sum &sum = sums[((J % CHAINS) * R + r) * C + c];
+      sum = P::multiply_lanes(sum, weights[r], x + (J * C + c) * LANES);
+    }
   }
-  if constexpr (J + 1 < P::OPERANDS) multiply_lanes<P, C, R, J + 1>(raw, tables, x, sums);
+  if constexpr (J + 1 < P::OPERANDS) multiply_lanes<P, C, R, CHAINS, J + 1>(raw, tables, x, sums);
 }
 
 // totals[c][g] += scale · (Σ table[code] · x[c] - zero · Σ x[c]) over unit `u`.
-template <class P, int C>
+template <class P, int C, bool FETCH>
 static inline __attribute__((always_inline)) void multiply_unit(const Strip &strip, int64_t u, int64_t chunks,
                                                                const typename P::Tables &tables, F *totals) {
   // Few sums: several of each, so that a product need not wait for the one before.
-  constexpr int CHAINS = C * STRIP <= 2 ? 2 : 1;
+  constexpr int CHAINS = C * P::STRIP <= 2 ? 2 : 1;
   int64_t start = u * (strip.unit / CHUNK);
   const typename P::Operand *x = (const typename P::Operand *)strip.x + start * P::OPERANDS * C;
-  const uint8_t *codes[STRIP];
-  typename P::Sum sums[CHAINS * C * STRIP];
-  UNROLL for (int g = 0; g < STRIP; g++) codes[g] = strip.codes[g] + start * CHUNK_BYTES;
-  UNROLL for (int i = 0; i < CHAINS * C * STRIP; i++) {
+  const uint8_t *codes[P::STRIP];
+  typename P::Sum sums[CHAINS * C * P::STRIP];
+  UNROLL for (int g = 0; g < P::STRIP; g++) codes[g] = strip.codes[g] + start * CHUNK_BYTES;
+  UNROLL for (int i = 0; i < CHAINS * C * P::STRIP; i++) {
     static const int32_t NOTHING = 0;
-    sums[i] = P::start(i < C * STRIP && strip.excess ? strip.excess + u * C + i / STRIP : &NOTHING);
+    sums[i] = P::start(i < C * P::STRIP && strip.excess ? strip.excess + u * C + i / P::STRIP : &NOTHING);
   }
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
-    typename P::Raw raw[STRIP];
-    UNROLL for (int g = 0; g < STRIP; g++) raw[g] = P::fetch(codes[g] + chunk * CHUNK_BYTES);
+    typename P::Raw raw[P::STRIP];
+    UNROLL for (int g = 0; g < P::STRIP; g++) {
+      raw[g] = P::fetch(codes[g] + chunk * CHUNK_BYTES);
+      if (FETCH) __builtin_prefetch(strip.next + ((start + chunk) * P::STRIP + g) * CHUNK_BYTES, 0, 2);
+    }
     multiply_operand<P, C, CHAINS, 0>(raw, tables, x + chunk * P::OPERANDS * C, sums);
   }
-  UNROLL for (int g = 0; g < STRIP; g++) {
+  UNROLL for (int g = 0; g < P::STRIP; g++) {
     F scale = load(strip.scale[g] + u * TILE_ROWS);
     UNROLL for (int c = 0; c < C; c++) {
-      typename P::Sum sum = sums[c * STRIP + g];
-      if (CHAINS == 2) sum = P::both(sum, sums[((CHAINS - 1) * C + c) * STRIP + g]);
+      typename P::Sum sum = sums[c * P::STRIP + g];
+      if (CHAINS == 2) sum = P::both(sum, sums[((CHAINS - 1) * C + c) * P::STRIP + g]);
       F total = P::total(sum);
       if (strip.zero[g]) total = sub(total, mul(load(strip.zero[g] + u * TILE_ROWS), set(strip.sums[u * C + c])));
-      totals[c * STRIP + g] = fma(total, strip.scales ? mul(scale, set(strip.scales[u * C + c])) : scale, totals[c * STRIP + g]);
+      totals[c * P::STRIP + g] = fma(total, strip.scales ? mul(scale, set(strip.scales[u * C + c])) : scale, totals[c * P::STRIP + g]);
     }
   }
 }
 
-template <class P, int C>
+template <class P, int C, bool FETCH>
 static __attribute__((noinline)) void multiply_strip(const Strip &strip, const typename P::Tables &given) {
   const typename P::Tables tables = given;
-  F totals[C * STRIP];
-  UNROLL for (int i = 0; i < C * STRIP; i++) totals[i] = load(strip.totals[i % STRIP] + i / STRIP * LANES);
+  F totals[C * P::STRIP];
+  UNROLL for (int i = 0; i < C * P::STRIP; i++) totals[i] = load(strip.totals[i % P::STRIP] + i / P::STRIP * LANES);
   for (int64_t u = 0; u < strip.units; u++) {
     int64_t columns = smaller(strip.unit, strip.columns - u * strip.unit);
-    multiply_unit<P, C>(strip, u, (columns + CHUNK - 1) / CHUNK, tables, totals);
+    multiply_unit<P, C, FETCH>(strip, u, (columns + CHUNK - 1) / CHUNK, tables, totals);
   }
-  UNROLL for (int i = 0; i < C * STRIP; i++) store(strip.totals[i % STRIP] + i / STRIP * LANES, totals[i]);
+  UNROLL for (int i = 0; i < C * P::STRIP; i++) store(strip.totals[i % P::STRIP] + i / P::STRIP * LANES, totals[i]);
 }
 
 template <class P>
 using MultiplyStrip = void (*)(const Strip &strip, const typename P::Tables &tables);
 
-template <class P>
+template <class P, bool FETCH>
 static inline MultiplyStrip<P> multiply_strip_for(int64_t rows) {
   static constexpr MultiplyStrip<P> FUNCTIONS[] = {
-      multiply_strip<P, 1>, multiply_strip<P, 2>, multiply_strip<P, 3>, multiply_strip<P, 4>,
+      multiply_strip<P, 1, FETCH>, multiply_strip<P, 2, FETCH>, multiply_strip<P, 3, FETCH>, multiply_strip<P, 4, FETCH>,
 #if defined(__AVX512F__)
-      multiply_strip<P, 5>, multiply_strip<P, 6>, multiply_strip<P, 7>, multiply_strip<P, 8>,
-      multiply_strip<P, 9>, multiply_strip<P, 10>, multiply_strip<P, 11>, multiply_strip<P, 12>,
+      multiply_strip<P, 5, FETCH>, multiply_strip<P, 6, FETCH>, multiply_strip<P, 7, FETCH>, multiply_strip<P, 8, FETCH>,
+      multiply_strip<P, 9, FETCH>, multiply_strip<P, 10, FETCH>, multiply_strip<P, 11, FETCH>, multiply_strip<P, 12, FETCH>,
 #endif
   };
   static_assert(sizeof FUNCTIONS / sizeof *FUNCTIONS == X_ROWS, "one function for each count of rows");
@@ -268,8 +277,8 @@ static void multiply_rows(const TileTask &t, const TileRoom &room, const Piece &
                           Strip &strip, const uint8_t *const *codes, const typename P::Tables &tables) {
   const PackTask &pack = t.pack;
   int64_t chunks = ceil_div(pack.columns, CHUNK), start = first * (t.unit / CHUNK);
-  int64_t blocks = ceil_div(pack.m, pack.block), last = piece.end * TILE_ROWS - LANES, at[STRIP];
-  for (int g = 0; g < STRIP; g++) {
+  int64_t blocks = ceil_div(pack.m, pack.block), last = piece.end * TILE_ROWS - LANES, at[P::STRIP];
+  for (int g = 0; g < P::STRIP; g++) {
     at[g] = smaller(row + g * LANES, last);
     int64_t tile = at[g] / TILE_ROWS, sub = at[g] % TILE_ROWS;
     int64_t place = ((tile - piece.begin) * t.units + first) * TILE_ROWS + sub;
@@ -285,12 +294,12 @@ static void multiply_rows(const TileTask &t, const TileRoom &room, const Piece &
     strip.sums = pack.sums ? pack.sums + side : nullptr;
     strip.scales = pack.unit_scales ? pack.unit_scales + side : nullptr;
     strip.excess = pack.excess ? pack.excess + side : nullptr;
-    for (int g = 0; g < STRIP; g++) {
+    for (int g = 0; g < P::STRIP; g++) {
       int64_t tile = at[g] / TILE_ROWS - piece.begin;
       strip.totals[g] = room.totals + (tile * pack.m + block.first) * TILE_ROWS + at[g] % TILE_ROWS * block.rows;
       if (g && at[g] == at[g - 1]) strip.totals[g] = room.spare;
     }
-    multiply_strip_for<P>(block.rows)(strip, tables);
+    (strip.next && b == 0 ? multiply_strip_for<P, true> : multiply_strip_for<P, false>)(block.rows)(strip, tables);
   }
 }
 
@@ -303,12 +312,16 @@ static void multiply_cut(const TileTask &t, const TileRoom &room, const Piece &p
   strip.unit = t.unit;
   strip.units = smaller(t.cut / t.unit, t.units - first);
   strip.columns = smaller(strip.units * t.unit, w.columns - first * t.unit);
-  const uint8_t *codes[STRIP];
+  const uint8_t *codes[P::STRIP];
+  int64_t end = (tile + tiles) * TILE_ROWS, blocks = ceil_div(t.pack.m, t.pack.block);
+  // What the next tiles need is fetched while these are multiplied, if that does not take long: codes that
+  // come too early are gone again.
+  bool soon = blocks <= 2 && strip.units == t.units && end + tiles * TILE_ROWS <= w.rows && w.bits == 4;
   for (int64_t i = 0; i < tiles; i++)
-    codes[i] = tile_codes(w, (tile + i) * TILE_ROWS, first * (t.unit / CHUNK), ceil_div(strip.columns, CHUNK),
+    codes[i] = tile_codes(w, (tile + i) * TILE_ROWS, first * (t.unit / CHUNK), ceil_div(strip.columns, CHUNK), !soon,
                           room.codes + i * room.code_bytes);
-  int64_t end = (tile + tiles) * TILE_ROWS;
-  for (int64_t row = tile * TILE_ROWS; row < end; row += STRIP * LANES)
+  strip.next = soon ? w.codes + end * ceil_div(w.columns, 2) : nullptr;
+  for (int64_t row = tile * TILE_ROWS; row < end; row += P::STRIP * LANES)
     multiply_rows<P>(t, room, piece, row, first, strip, codes, tables);
 }
 
@@ -320,7 +333,7 @@ static void multiply(const TileTask &t, const Piece &piece) {
   table_values(w, t.factor, values);
   typename P::Tables tables = P::tables(values);
   Grid grid = grid_of(w, t.unit);
-  constexpr int64_t TOGETHER = STRIP * LANES > TILE_ROWS ? STRIP * LANES / TILE_ROWS : 1;
+  constexpr int64_t TOGETHER = P::STRIP * LANES > TILE_ROWS ? P::STRIP * LANES / TILE_ROWS : 1;
   for (int64_t first = 0; first < t.units; first += t.cut / t.unit) {
     for (int64_t tile = piece.begin; tile < piece.end; tile += TOGETHER) {
       int64_t tiles = smaller(TOGETHER, piece.end - tile);

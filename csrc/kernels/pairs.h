@@ -6,7 +6,7 @@ struct PairProduct {
   using Operand = uint32_t;  // two bfloat16
   using Raw = __m512i;
   using Tables = __m512i;  // the table twice, so that the fifth bit of an index does not matter
-  static constexpr int OPERANDS = 4, ELEMENTS = 2;
+  static constexpr int STRIP = 2, OPERANDS = 4, ELEMENTS = 2;
   static constexpr int nibble(int operand, int element) { return operand + 4 * element; }
   static constexpr int place(int operand, int element, int lane) { return CHUNK * lane + nibble(operand, element); }
   static inline Tables tables(const float *values) {

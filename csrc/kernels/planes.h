@@ -41,6 +41,7 @@ struct PlaneProduct {
   }
   static inline Sum start_lanes(const int32_t *) { return set(0.0f); }
   static inline Sum multiply_lanes(Sum sum, Decoded weights, const Operand *x) { return fma(weights, load(x), sum); }
+  static inline Sum both(Sum a, Sum b) { return add(a, b); }
   static inline F total(Sum sum) { return sum; }
   static inline Operand convert(const float *values) { return values[0]; }
 };

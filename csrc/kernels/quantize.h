@@ -131,7 +131,7 @@ static inline bool find_scales(const EncodeTask &task, Span &span) {
   const int64_t first = span.grid_row * task.across + span.first_group, groups = span.groups;
   const int64_t item = e.scale_type == FEWBITS_SCALE_F32 ? 4 : e.scale_type == FEWBITS_SCALE_E8M0 ? 1 : 2;
   uint8_t zeros[MAX_SPAN + 16] = {};
-  float stored[MAX_SPAN + LANES], exact[MAX_SPAN + LANES], used[MAX_SPAN + LANES];
+  float stored[MAX_SPAN + LANES], used[MAX_SPAN + LANES];
   for (int64_t g = groups; g < groups + LANES; g++) span.low[g] = span.high[g] = 0;
   I worst = set_int(0);
   for (int64_t g = 0; g < groups; g += LANES) {
@@ -142,7 +142,7 @@ static inline bool find_scales(const EncodeTask &task, Span &span) {
       scale = div(high, set(e.peak));
     }
     F value = store_scales(e, scale, (uint8_t *)stored + g * item);
-    store(exact + g, scale), store(used + g, value), store(span.factor + g, factor_of(e, value));
+    store(used + g, value), store(span.factor + g, factor_of(e, value));
     worst = max_int(worst, bits(value));
     F zero = set((float)e.middle);
     if (e.has_zero) {
@@ -154,7 +154,6 @@ static inline bool find_scales(const EncodeTask &task, Span &span) {
   }
   if (e.scale_type != FEWBITS_SCALE_E8M0 && any_above(worst, 0x7f7fffff)) return false;
   if (task.scale) __builtin_memcpy((uint8_t *)task.scale + first * item, stored, (size_t)(groups * item));
-  copy_floats(task.exact_scale ? task.exact_scale + first : nullptr, exact, groups);
   copy_floats(task.used_scale ? task.used_scale + first : nullptr, used, groups);
   if (e.has_zero) {
     uint8_t *row = task.zero + span.grid_row * packed_bytes(task.across, e.bits);

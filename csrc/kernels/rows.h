@@ -6,8 +6,13 @@
 // the scaling, once for each of them, costs more than the transposing of tiles does (linear.h).
 
 constexpr int FEW_ROWS = 4;  // of x
-// Bytes that codes are fetched ahead of their use: processors do not look far enough ahead by themselves.
-constexpr int AHEAD = 2048;
+// Bytes that codes are fetched ahead of their use, into the second cache: processors do not look far enough
+// ahead by themselves, and the first cache would lose what is fetched so early. Rows that are multiplied
+// together are one stream when what is fetched is the same place of the rows after them.
+constexpr int64_t AHEAD = 4096, MOST_AHEAD = 16384;
+static inline int64_t fetched_ahead(int64_t rows, int64_t row_bytes) {
+  return rows > 1 && rows * row_bytes <= MOST_AHEAD ? rows * row_bytes : AHEAD;
+}
 
 // What a block of LANES words needs of x.
 template <class P>
@@ -41,11 +46,15 @@ template <class P, int C, int R>
 static inline __attribute__((always_inline)) void multiply_block(const uint8_t *const *codes, const F *scale,
                                                                 const typename P::Tables &tables, const LanesOfX<P> &x,
                                                                 int64_t block, F *totals) {
+  // Few sums: two of each, so that a product need not wait for the one before.
+  constexpr int CHAINS = R * C <= 2 ? 2 : 1;
   typename P::Raw raw[R];
-  typename P::Sum sums[R * C];
+  typename P::Sum sums[CHAINS * R * C];
   UNROLL for (int r = 0; r < R; r++) raw[r] = P::fetch(codes[r]);
-  UNROLL for (int i = 0; i < R * C; i++) sums[i] = P::start_lanes(x.excess ? x.excess + (block * C + i % C) * LANES : nullptr);
-  multiply_lanes<P, C, R, 0>(raw, tables, x.x + block * P::OPERANDS * C * LANES, sums);
+  UNROLL for (int i = 0; i < CHAINS * R * C; i++)
+    sums[i] = P::start_lanes(x.excess && i < R * C ? x.excess + (block * C + i % C) * LANES : nullptr);
+  multiply_lanes<P, C, R, CHAINS, 0>(raw, tables, x.x + block * P::OPERANDS * C * LANES, sums);
+  UNROLL for (int i = 0; CHAINS == 2 && i < R * C; i++) sums[i] = P::both(sums[i], sums[i + R * C]);
   UNROLL for (int r = 0; r < R; r++) {
     UNROLL for (int c = 0; c < C; c++) {
       F by = x.scales ? mul(scale[r], load(x.scales + (block * C + c) * LANES)) : scale[r];
@@ -65,11 +74,12 @@ static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64
   F totals[R * C], scale[R];
   UNROLL for (int i = 0; i < R * C; i++) totals[i] = set(0.0f);
   int64_t whole = row_bytes / (4 * LANES);  // the last word of a row may have fewer than 4 bytes
+  int64_t ahead = fetched_ahead(R, row_bytes);
   const uint8_t *at[R];
   for (int64_t block = 0; block < whole; block++) {
     UNROLL for (int r = 0; r < R; r++) {
       at[r] = codes + r * row_bytes + block * (4 * LANES);
-      __builtin_prefetch(at[r] + AHEAD);
+      __builtin_prefetch(at[r] + ahead, 0, 2);
       scale[r] = block_scales(spread, lines[r], block);
     }
     multiply_block<P, C, R>(at, scale, tables, x, block, totals);

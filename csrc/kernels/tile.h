@@ -3,8 +3,8 @@
 // A tile holds 16 rows of codes of 4 bits. Its words (4 bytes, 8 columns) follow each other column by column,
 // and within a column row by row: word (row r, columns 8 c … 8 c + 7) is the (16 c + r)-th. One load brings the
 // same 8 columns of 16 rows; no sum crosses lanes; one multiplication scales a group of 16 rows; and a thread
-// reads one strictly sequential stream. FEWBITS_TILES weights are stored so. All others are brought into this
-// form 16 rows at a time, in memory that stays in the cache; codes of 2 and 3 bits become nibbles then.
+// reads one strictly sequential stream. Weights are brought into this form 16 rows at a time, in memory that
+// stays in the cache; codes of 2 and 3 bits become nibbles then.
 
 constexpr int TILE_ROWS = 16;
 constexpr int CHUNK = 8;            // columns of a word
@@ -41,9 +41,10 @@ static inline void row_words(const fewbits_weight &w, const uint8_t *row, int64_
 }
 
 // The codes of rows [row, row + 16) and `count` chunks from `first`, as a tile. Rows past the end get zeros.
-static const uint8_t *tile_codes(const fewbits_weight &w, int64_t row, int64_t first, int64_t count, uint8_t *to) {
+// `ahead`: fetch the same columns of the next 16 rows, so that the next tile finds its codes in the cache.
+static const uint8_t *tile_codes(const fewbits_weight &w, int64_t row, int64_t first, int64_t count, bool ahead,
+                                 uint8_t *to) {
   int64_t bytes = w.layout == FEWBITS_FLAT ? w.columns * w.bits / 8 : ceil_div(w.columns * w.bits, 8);
-  if (w.layout == FEWBITS_TILES) return w.codes + row * bytes + first * CHUNK_BYTES;
   const uint8_t *from = w.codes + row * bytes;
   int64_t rows = smaller(TILE_ROWS, w.rows - row), done = 0;
   if (w.bits == 4 && rows == TILE_ROWS) {
@@ -51,8 +52,7 @@ static const uint8_t *tile_codes(const fewbits_weight &w, int64_t row, int64_t f
     for (; done + TILE_ROWS <= whole; done += TILE_ROWS) {
       const uint8_t *at = from + (first + done) * 4;
       transpose_words(at, bytes, to + done * CHUNK_BYTES);
-      // The same columns of the next 16 rows: the next tile finds its codes in the cache.
-      for (int64_t r = TILE_ROWS; r < 2 * TILE_ROWS; r++) __builtin_prefetch(at + r * bytes, 0, 2);
+      for (int64_t r = TILE_ROWS; ahead && r < 2 * TILE_ROWS; r++) __builtin_prefetch(at + r * bytes, 0, 2);
     }
   } else if (rows < TILE_ROWS) {
     __builtin_memset(to, 0, (size_t)(count * CHUNK_BYTES));

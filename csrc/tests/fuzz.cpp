@@ -190,14 +190,8 @@ struct FuzzedWeight {
   Random random;
   Weight weight;
   FuzzedWeight(Input &in, Blocks &blocks, const Kind &kind)
-      : random((uint64_t)in.below(65536)), weight(kind, rows(in, kind), columns(in, kind), random) {
+      : random((uint64_t)in.below(65536)), weight(kind, in.below(40), in.below(300), random) {
     for (int64_t i = in.below(4); i > 0 && !in.once_in(3); i--) change_weight(in, weight.w, blocks);
-  }
-  static int64_t rows(Input &in, const Kind &kind) {
-    return kind.layout == FEWBITS_TILES ? 16 * in.below(4) : in.below(40);
-  }
-  static int64_t columns(Input &in, const Kind &kind) {
-    return kind.layout == FEWBITS_TILES ? 8 * in.below(40) : in.below(300);
   }
 };
 
@@ -334,16 +328,15 @@ int32_t call_quantize(Input &in, Blocks &blocks) {
   int64_t values = in.once_in(16) ? strange(in) : count;
   const void *from = blocks.of(in, product_of(values, item_bytes(dtype)));
   bool given = in.once_in(4);
-  int64_t scales = given ? claimed(in, sizes.exact.size()) : 0,
+  int64_t scales = given ? claimed(in, sizes.used.size()) : 0,
           scale_bytes = given ? 0 : claimed(in, sizes.scale.size());
   int64_t zero_bytes = claimed(in, sizes.zero.size()), codes_bytes = claimed(in, sizes.codes.size());
   const float *given_scale = given ? blocks.array<float>(in, scales) : nullptr;
   void *scale = given ? nullptr : blocks.of(in, scale_bytes);
-  float *exact = sane && in.once_in(2) ? blocks.array<float>(in, (int64_t)sizes.exact.size()) : nullptr;
   uint8_t *zero = zero_bytes || in.once_in(2) ? blocks.array<uint8_t>(in, zero_bytes) : nullptr;
   uint8_t *codes = in.once_in(8) ? nullptr : blocks.array<uint8_t>(in, codes_bytes);
-  return fewbits_quantize(&e, from, values, dtype, given_scale, scales, scale, scale_bytes, exact, zero,
-                          zero_bytes, codes, codes_bytes, threads);
+  return fewbits_quantize(&e, from, values, dtype, given_scale, scales, scale, scale_bytes, zero, zero_bytes,
+                          codes, codes_bytes, threads);
 }
 
 int32_t call_mean(Input &in, Blocks &blocks) {

@@ -98,7 +98,7 @@ struct Weight {
     w.group_rows = kind.group_rows ? kind.group_rows : rows > 0 ? rows : 1;
     w.group_columns = kind.group_columns ? kind.group_columns : columns > 0 ? columns : 1;
     w.flat_groups = kind.flat, w.scale_type = kind.scale_type;
-    w.high_first = kind.layout == FEWBITS_FLAT || (kind.layout == FEWBITS_TILES && kind.flat);
+    w.high_first = kind.layout == FEWBITS_FLAT;
     w.unit = kind.unit, w.middle = kind.kind == FEWBITS_UNSIGNED && !kind.zero ? 1 << (kind.bits - 1) : 0;
     codes.resize((size_t)(kind.layout == FEWBITS_FLAT ? packed(rows * columns) : rows * packed(columns)));
     for (uint8_t &byte : codes) byte = (uint8_t)random.next();
@@ -161,13 +161,8 @@ struct Weight {
     int64_t bytes = packed(w.columns);
     if (w.bits == 8) return codes[(size_t)(row * w.columns + column)];
     if (w.layout == FEWBITS_ROWS) return bits_at(codes.data() + row * bytes, column * w.bits, w.bits);
-    if (w.layout == FEWBITS_FLAT) {
-      int64_t place = row * w.columns + column;
-      return place % 2 ? codes[(size_t)(place / 2)] & 15 : codes[(size_t)(place / 2)] >> 4;
-    }
-    int64_t byte = column / 2, at = ((row / 16) * (bytes / 4) + byte / 4) * 64 + (row % 16) * 4 + byte % 4;
-    bool high = (column % 2 == 0) == (w.high_first != 0);
-    return high ? codes[(size_t)at] >> 4 : codes[(size_t)at] & 15;
+    int64_t place = row * w.columns + column;
+    return place % 2 ? codes[(size_t)(place / 2)] & 15 : codes[(size_t)(place / 2)] >> 4;
   }
 
   float scale(int64_t row, int64_t column) const {
@@ -196,21 +191,19 @@ struct Weight {
 // The formats of src/fewbits/format.py, by what matters to a kernel; tables are random.
 inline const std::vector<Kind> &kinds() {
   constexpr int32_t T = FEWBITS_TABLE, N = FEWBITS_UNSIGNED, S = FEWBITS_SIGNED, ROWS = FEWBITS_ROWS,
-                    FLAT = FEWBITS_FLAT, TILES = FEWBITS_TILES, F32 = FEWBITS_SCALE_F32,
+                    FLAT = FEWBITS_FLAT, F32 = FEWBITS_SCALE_F32,
                     F16 = FEWBITS_SCALE_F16, BF16 = FEWBITS_SCALE_BF16, E8M0 = FEWBITS_SCALE_E8M0,
                     NESTED = FEWBITS_SCALE_NESTED;
   static const std::vector<Kind> all = {
       {"nf4:g64", 4, T, FLAT, true, 1, 64, F32, false, false, false, 1},
       {"nf4:g64:dq", 4, T, FLAT, true, 1, 64, NESTED, false, false, true, 1},
-      {"nf4:g64:dq in tiles", 4, T, TILES, true, 1, 64, NESTED, false, false, true, 1},
-      {"fp4:g32 in tiles", 4, T, TILES, true, 1, 32, F32, false, false, false, 1},
       {"fp4:g7", 4, T, FLAT, true, 1, 7, BF16, false, true, false, 1},
       {"dynamic8:g256", 8, T, FLAT, true, 1, 256, F32, false, true, false, 1},
       {"int8:row", 8, S, ROWS, false, 1, 0, F32, false, false, false, 1 / 127.0f},
       {"int8:g32:f16:zero", 8, N, ROWS, false, 1, 32, F16, true, false, false, 1},
       {"int4:g128:f16:zero", 4, N, ROWS, false, 1, 128, F16, true, false, false, 1},
       {"int4:g32:zero", 4, N, ROWS, false, 1, 32, F32, true, false, false, 1},
-      {"int4:g16 in tiles", 4, N, TILES, false, 1, 16, F16, false, false, false, 1},
+      {"int4:g16", 4, N, ROWS, false, 1, 16, F16, false, false, false, 1},
       {"int4:b3x32:zero", 4, N, ROWS, false, 3, 32, F32, true, false, false, 1},
       {"mxfp4:tensor", 4, T, ROWS, false, 0, 0, F32, false, false, false, 1},
       {"int4:row", 4, N, ROWS, false, 1, 0, BF16, false, false, false, 1},

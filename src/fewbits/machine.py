@@ -43,7 +43,9 @@ def huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
     far fewer addresses. Where the system has none, these are ordinary pages. Pages that are never touched,
     before the beginning and behind the end, take no memory.
     """
-    memory = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    # Python's default is memory to share, which systems rarely back with huge pages.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, **private)
     anchor = ctypes.c_char.from_buffer(memory)
     start = -ctypes.addressof(anchor) % HUGE_PAGE
     del anchor  # it would keep `memory` from being closed

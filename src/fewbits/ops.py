@@ -58,6 +58,9 @@ def linear(
     64 columns (weights of up to 4 bits). Gradients flow to x and bias, as if x had not been rounded.
     """
     scheme = str(weight.format) + (f"@{activation}" if activation else "")
+    if not torch.compiler.is_compiling() and is_plain(x, bias):  # the dispatcher takes longer than it helps
+        _check_linear(x, weight.codes, bias, weight.format, weight.shape)
+        return _multiply(x, weight, bias, _scheme(scheme))
     parts = list(weight.parts().values())
     result: Tensor = torch.ops.fewbits.linear.default(x, parts, bias, scheme, weight.shape)
     return result
@@ -127,19 +130,24 @@ def _dequantize(parts: list[Tensor], format: str, shape: Sequence[int], dtype: t
 
 def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]) -> Tensor:
     parsed = _scheme(scheme)
-    _check_places(x, parts, bias, shape)
-    weight = _checked(x, parts, parsed.weight, shape, 1)
-    activation, format = parsed.activation, weight.format
+    _check_linear(x, parts[0], bias, parsed.weight, shape)
+    return _multiply(x, _weight(parts, parsed.weight, shape), bias, parsed)
+
+
+def _multiply(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
+    activation, format = scheme.activation, weight.format
     if activation is None:
         return backends.choose("linear", format, x.device).linear(x, weight, bias)
-    if parsed.is_llm_int8:
+    if scheme.is_llm_int8:
         kernels = backends.choose("linear_int8", format, x.device)
         return kernels.linear_int8(x, weight, bias, activation.threshold)
     return backends.choose("linear_a8", format, x.device).linear_a8(x, weight, bias, activation.group)
 
 
 def _linear_backward(grad: Tensor, parts: list[Tensor], format: str, shape: Sequence[int]) -> Tensor:
-    weight = _checked(grad, parts, Format.parse(format), shape, 0)
+    parsed = Format.parse(format)
+    _check_factor(grad, parsed, shape, 0)
+    weight = _weight(parts, parsed, shape)
     return backends.choose("linear_backward", weight.format, grad.device).linear_backward(grad, weight)
 
 
@@ -151,22 +159,26 @@ def _embedding(
     return kernels.embedding(indices, weight, dtype)
 
 
-def _checked(
-    x: Tensor, parts: list[Tensor], format: Format, shape: Sequence[int], side: int
-) -> QuantizedTensor:
+def _check_linear(
+    x: Tensor, codes: Tensor, bias: Tensor | None, format: Format, shape: Sequence[int]
+) -> None:
+    _check_places(x, codes, bias, shape)
+    _check_factor(x, format, shape, 1)
+
+
+def _check_factor(x: Tensor, format: Format, shape: Sequence[int], side: int) -> None:
     if len(shape) != 2 or not x.dim() or x.shape[-1] != shape[side] or not x.is_floating_point():
         raise ValueError(
             f"cannot multiply x {x.dtype} {list(x.shape)} with a weight {list(shape)} in {format}: it takes "
             "a floating x whose last dimension fits a weight [out, in]"
         )
-    return _weight(parts, format, shape)
 
 
-def _check_places(x: Tensor, parts: list[Tensor], bias: Tensor | None, shape: Sequence[int]) -> None:
+def _check_places(x: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
     """Also while tracing, where nothing else would notice."""
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise ValueError(f"a weight {list(shape)} takes a bias [{shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("weight", parts[0]), ("bias", bias)):
+    for name, tensor in (("weight", codes), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, but the {name} is on {tensor.device}; move one of them")
 
@@ -199,7 +211,7 @@ def _dequantize_fake(parts: list[Tensor], format: str, shape: Sequence[int], dty
 def _linear_fake(
     x: Tensor, parts: list[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]
 ) -> Tensor:
-    _check_places(x, parts, bias, shape)
+    _check_places(x, parts[0], bias, shape)
     return x.new_empty(*x.shape[:-1], shape[0])
 
 

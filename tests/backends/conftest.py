@@ -1,5 +1,7 @@
 """Formats, and the instruction sets that this machine runs."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from fewbits.backends.cpu import library
@@ -34,6 +36,19 @@ def isas() -> list[str]:
     if RUNNABLE == ["none"]:
         pytest.fail(f"no CPU kernels to test: {library.unavailable()}")
     return RUNNABLE
+
+
+@pytest.fixture
+def each(isas: list[str]) -> Iterator[Callable[[], Iterator[str]]]:
+    """Call it to go through the instruction sets; what is compared with is then computed once for all."""
+
+    def walk() -> Iterator[str]:
+        for name in isas:
+            library.library().fewbits_use_isa(name.encode())
+            yield name
+
+    yield walk
+    library.library().fewbits_use_isa(isas[0].encode())
 
 
 @pytest.fixture(params=FORMATS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbits import reference
 from fewbits.backends.cpu import codes, library
-from fewbits.backends.cpu.structs import DTYPES, TILES, dense, describe, encoding
+from fewbits.backends.cpu.structs import DTYPES, dense, describe, encoding
 from fewbits.format import Format, matrix_shape
 from fewbits.tensor import DTYPES as PART_DTYPES
 from fewbits.tensor import QuantizedTensor
@@ -29,19 +29,6 @@ SHAPES: list[Shape] = [
 EMPTY: list[Shape] = [(0,), (0, 4), (4, 0)]
 INPUTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUTPUTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture
-def each(isas: list[str]) -> Iterator[Callable[[], Iterator[str]]]:
-    """Call it to go through the instruction sets; what is compared with is then computed once for all."""
-
-    def walk() -> Iterator[str]:
-        for name in isas:
-            library.library().fewbits_use_isa(name.encode())
-            yield name
-
-    yield walk
-    library.library().fewbits_use_isa(isas[0].encode())
 
 
 def differences(a: Tensor, b: Tensor) -> int:
@@ -197,7 +184,6 @@ def decode_part(
     rows: tuple[int, int] | list[int],
     columns: tuple[int, int],
     gap: int = 0,
-    layout: int | None = None,
 ) -> Tensor:
     """Rows [from, to), or the listed ones, of columns [from, to), written with `gap` elements after each."""
     listed = torch.tensor(rows) if isinstance(rows, list) else None
@@ -206,7 +192,7 @@ def decode_part(
     out = torch.full((count, width + gap), 7.0, dtype=dtype)
     weight = dense(weight)
     status = library.library().fewbits_dequantize(
-        describe(weight, layout),
+        describe(weight),
         None if listed is None else listed.data_ptr(),
         0 if listed is not None else rows[0],
         count,
@@ -237,29 +223,6 @@ def test_any_rows_and_columns_decode_as_those_of_the_whole(format, columns, each
                 assert differences(got, whole[slice(*rows), slice(*part)]) == 0, (isa, dtype, rows, part)
             listed = [36, 0, 5, 5, 17]
             assert differences(decode_part(weight, dtype, listed, (0, columns)), whole[listed]) == 0, isa
-
-
-def tiled(bytes_of_rows: Tensor) -> Tensor:
-    """[rows, bytes] → the same bytes in tiles of 16 rows and 4 bytes (csrc/kernels/tile.h)."""
-    rows, width = bytes_of_rows.shape
-    return bytes_of_rows.view(rows // 16, 16, width // 4, 4).permute(0, 2, 1, 3).contiguous()
-
-
-@pytest.mark.parametrize(
-    "spelling", ["nf4:g64", "fp4:g16:dq", "nf4:g48", "int4:g32:f16:zero", "mxfp4", "nvfp4"]
-)
-def test_tiles_decode_as_the_rows_that_they_were(spelling, each):
-    format, shape = Format.parse(spelling), (32, 2160)
-    weight = random_parts(format, shape)
-    parts = weight.parts()
-    parts["codes"] = tiled(weight.codes.view(shape[0], -1)).view(weight.codes.shape)
-    tiles = QuantizedTensor.from_parts(parts, format, shape)
-    for dtype in (torch.float32, torch.bfloat16):
-        whole = reference.dequantize(weight, dtype)
-        for isa in each():
-            for rows, columns in [((0, 32), (0, 2160)), ((7, 30), (13, 2121)), ((16, 17), (8, 16))]:
-                got = decode_part(tiles, dtype, rows, columns, layout=TILES)
-                assert differences(got, whole[slice(*rows), slice(*columns)]) == 0, (isa, dtype, rows)
 
 
 def test_embedding_gives_the_rows_of_the_reference(format, each):
@@ -376,7 +339,7 @@ def encode_at_the_end(source: Tensor, format: Format, guarded: Guarded) -> None:
     zero = made.get("zero")
     status = library.library().fewbits_quantize(
         encoding(format, tuple(source.shape)), source.data_ptr(), source.numel(), 2, None, 0,
-        made["scale"].data_ptr(), made["scale"].nbytes, None,
+        made["scale"].data_ptr(), made["scale"].nbytes,
         None if zero is None else zero.data_ptr(), 0 if zero is None else zero.nbytes,
         made["codes"].data_ptr(), made["codes"].nbytes, 1,
     )  # fmt: skip

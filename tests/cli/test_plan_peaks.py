@@ -178,8 +178,6 @@ def check(row: Row, measure: Callable[[], tuple[int, int, int]], *, weights: boo
     assert one.running == pytest.approx(running, rel=BOUND), shown
 
 
-# Estimated from plain torch, an upper bound: LLM.int8() and rows of embeddings take less in C++.
-TOO_HIGH = ("int8", "nf4-dq-embeddings", "int3-embeddings")
 METHODS = ("stored", "int8", "nf4", "nf4-dq", "nf4-dq-embeddings", "int3-embeddings")
 
 
@@ -195,8 +193,6 @@ def test_generating(
     llama_of: Callable[..., Path],
     measured: Callable[..., tuple[int, int, int]],
 ) -> None:
-    if key in TOO_HIGH:
-        pytest.xfail("the estimate does not know yet what the C++ kernels save here")
     folder, case = llama_of(1024, 10, 8192), Case(context, batch, None)
     row = row_of(folder, key, case)
     check(row, lambda: measured(folder, row, case))
@@ -214,8 +210,6 @@ def test_training(
     measured: Callable[..., tuple[int, int, int]],
 ) -> None:
     pytest.importorskip("peft")
-    if key in TOO_HIGH:
-        pytest.xfail("the estimate does not know yet what the C++ kernels save here")
     folder, case = llama_of(1024, 10, 8192), Case(context, batch, 16)
     row = row_of(folder, key, case)
     check(row, lambda: measured(folder, row, case), weights=False)

@@ -1,4 +1,4 @@
-"""bitsandbytes: its functions as its layers call them, and (variant "layer …") its layers.
+"""bitsandbytes: its layers, and (variant "function …") its functions as they call them.
 
 On CPUs with AVX512-BF16 an eval-mode layer repacks its weight in place at the first call; that is done here
 before anything is timed. Where K is not divisible by 64 the repacked product is wrong: the errors show it.
@@ -52,8 +52,7 @@ def linear(task: Task) -> Work:
         parameter = layers[i].weight
         return bnb.matmul_4bit(inputs[0], parameter, quant_state=parameter.quant_state)
 
-    # The layer of LLM.int8() has no cheaper way in.
-    run = through_layer if kind == "layer" or variant == "llm.int8" else through_function
+    run = through_function if kind == "function" else through_layer
     return Work(
         run, len(layers), stored_bytes(layers[0]), set_input, lambda: run(0).float().numpy(), lambda: decoded
     )

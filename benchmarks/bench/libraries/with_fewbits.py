@@ -1,4 +1,7 @@
-"""fewbits itself: `variant` is a scheme ("nf4:g64", "int8:row@int8:t6"), or "layer " and a scheme."""
+"""fewbits itself.
+
+`variant`: the scheme of a layer ("nf4:g64", "int8:row@int8:t6"), or "function " and a scheme.
+"""
 
 from __future__ import annotations
 
@@ -47,20 +50,15 @@ def linear(task: Task) -> Work:
     def set_input(x: np.ndarray) -> None:
         inputs[:] = [torch.from_numpy(x).to(DTYPES[task.x])]
 
-    if kind == "layer":
-        layers = [layer_of(copy, scheme) for copy in copies]
+    layers = [layer_of(copy, scheme) for copy in copies]
 
-        def run(i: int) -> Any:
-            return layers[i](inputs[0])
-    elif activation:
+    def through_layer(i: int) -> Any:
+        return layers[i](inputs[0])
 
-        def run(i: int) -> Any:
-            return fewbits.linear(inputs[0], copies[i], activation=activation)
-    else:
+    def through_function(i: int) -> Any:
+        return fewbits.linear(inputs[0], copies[i], activation=activation or None)
 
-        def run(i: int) -> Any:
-            return fewbits.linear(inputs[0], copies[i])
-
+    run = through_function if kind == "function" else through_layer
     return Work(
         run,
         len(copies),

@@ -106,7 +106,6 @@ def _encode(
         values.numel(),
         DTYPES[values.dtype],
         *((scale.data_ptr(), scale.numel(), None, 0) if given else (None, 0, scale.data_ptr(), scale.nbytes)),
-        None,
         *_buffer(zero),
         *_buffer(codes),
         torch.get_num_threads(),

@@ -18,7 +18,7 @@ import torch
 from fewbits.backends.cpu.structs import Encoding, Product, Weight
 from fewbits.machine import openmp_runtimes
 
-ABI = 1  # FEWBITS_ABI of csrc/api.h
+ABI = 2  # FEWBITS_ABI of csrc/api.h
 _NAME = "libfewbits_cpu.dylib" if sys.platform == "darwin" else "libfewbits_cpu.so"
 _RTLD_NOLOAD = getattr(os, "RTLD_NOLOAD", 0)
 
@@ -37,8 +37,8 @@ _SIGNATURES: dict[str, tuple[list[object], object]] = {
         c_int32,
     ),
     "fewbits_quantize": (
-        [_ENCODING, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
-         c_int64, c_void_p, c_int64, c_int32],
+        [_ENCODING, c_void_p, c_int64, c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64,
+         c_void_p, c_int64, c_int32],
         c_int32,
     ),
     "fewbits_mean": ([c_void_p, c_int64, c_int32, c_void_p], c_int32),

@@ -26,10 +26,10 @@ _BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
 # From so many rows of x on, panels are faster than the fused kernels (docs/benchmarks.md): exact products in
 # the dtype of the panel, by instruction set.
 _PANELS_FROM = {
-    ("avx512_bf16", torch.bfloat16): 160,
-    ("avx512_bf16", torch.float32): 24,
-    ("avx512", torch.float32): 24,
-    ("avx2", torch.float32): 12,
+    ("avx512_bf16", torch.bfloat16): 640,
+    ("avx512_bf16", torch.float32): 640,
+    ("avx512", torch.float32): 640,
+    ("avx2", torch.float32): 128,
 }
 _PANELS_FROM_ELSEWHERE = 12
 

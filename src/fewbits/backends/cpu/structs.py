@@ -19,7 +19,7 @@ from fewbits.tensor import QuantizedTensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOAT64 = 3
 _TABLE, _UNSIGNED, _SIGNED = 0, 1, 2
-ROWS, FLAT, TILES = 0, 1, 2
+ROWS, FLAT = 0, 1
 _SCALES = {"f32": 0, "f16": 1, "bf16": 2, "e8m0": 3}
 _NESTED = 4
 
@@ -114,18 +114,16 @@ class _Described:
 _described: dict[tuple[object, ...], _Described] = {}
 
 
-def describe(weight: QuantizedTensor, layout: int | None = None) -> Weight:
+def describe(weight: QuantizedTensor) -> Weight:
     """`weight` as the library takes it; its parts are dense CPU tensors (see `dense`).
 
-    `layout` TILES says that the codes are in tiles (csrc/kernels/tile.h). The struct is remembered by the
-    addresses of the parts, the format and the shape, which are all that it holds: it is right for other
-    tensors at the same addresses, and keeps none alive.
+    The struct is remembered by the addresses of the parts, the format and the shape, which are all that it
+    holds: it is right for other tensors at the same addresses, and keeps none alive.
     """
     scale = weight.scale
     key: tuple[object, ...] = (
         id(weight.format),
         weight.shape,
-        layout,
         weight.codes.data_ptr(),
         scale.data_ptr() if isinstance(scale, Tensor) else _addresses(scale),
         None if weight.zero is None else weight.zero.data_ptr(),
@@ -135,7 +133,7 @@ def describe(weight: QuantizedTensor, layout: int | None = None) -> Weight:
     if found is None:
         if len(_described) >= _REMEMBERED:
             _described.clear()
-        found = _described[key] = _describe(weight, layout)
+        found = _described[key] = _describe(weight)
     return found.weight
 
 
@@ -180,11 +178,11 @@ def _made_dense(name: str, part: Tensor) -> Tensor:
     return part if _is_dense(part) else part.clone(memory_format=torch.contiguous_format)
 
 
-def _describe(weight: QuantizedTensor, layout: int | None) -> _Described:
+def _describe(weight: QuantizedTensor) -> _Described:
     format, book = weight.format, weight.format.codebook
     rows, columns = matrix_shape(weight.shape)
     group = format.group
-    nested = _describe(weight.scale, None) if isinstance(weight.scale, QuantizedTensor) else None
+    nested = _describe(weight.scale) if isinstance(weight.scale, QuantizedTensor) else None
     struct = Weight(
         codes=weight.codes.data_ptr() or None,
         codes_bytes=weight.codes.nbytes,
@@ -197,7 +195,7 @@ def _describe(weight: QuantizedTensor, layout: int | None) -> _Described:
         unit=book.unit,
         bits=book.bits,
         kind=_kind(book),
-        layout=layout if layout is not None else FLAT if group.flat else ROWS,
+        layout=FLAT if group.flat else ROWS,
         high_first=group.flat,
         flat_groups=group.flat,
         scale_type=_NESTED if isinstance(format.scale, Format) else _SCALES[format.scale],

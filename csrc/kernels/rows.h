@@ -63,49 +63,75 @@ static inline __attribute__((always_inline)) void multiply_block(const uint8_t *
   }
 }
 
-// Sums of R rows of W times C rows of x: sums[r][c]. `last`: the words of the last block, where it is not full.
+// Sums of `count` rows of W (a multiple of R, R at a time) times C rows of x: sums[row][c].
 template <class P, int C, int R>
-static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64_t row_bytes, int64_t words,
+static __attribute__((noinline)) void multiply_lines(const uint8_t *codes, int64_t row_bytes, int64_t words, int64_t count,
                                                     const float *const *lines, const Spread &given,
-                                                    const typename P::Tables &tables_given, const LanesOfX<P> &x,
+                                                    const typename P::Tables &tables_given, const LanesOfX<P> &x_given,
                                                     float *sums) {
   const typename P::Tables tables = tables_given;
   const Spread spread = given;
-  F totals[R * C], scale[R];
-  UNROLL for (int i = 0; i < R * C; i++) totals[i] = set(0.0f);
+  const LanesOfX<P> x = x_given;
   int64_t whole = row_bytes / (4 * LANES);  // the last word of a row may have fewer than 4 bytes
   int64_t ahead = fetched_ahead(R, row_bytes);
-  const uint8_t *at[R];
-  for (int64_t block = 0; block < whole; block++) {
-    UNROLL for (int r = 0; r < R; r++) {
-      at[r] = codes + r * row_bytes + block * (4 * LANES);
-      __builtin_prefetch(at[r] + ahead, 0, 2);
-      scale[r] = block_scales(spread, lines[r], block);
+  for (int64_t row = 0; row < count; row += R, codes += R * row_bytes, sums += R * C) {
+    F totals[R * C], scale[R];
+    UNROLL for (int i = 0; i < R * C; i++) totals[i] = set(0.0f);
+    const uint8_t *at[R];
+    for (int64_t block = 0; block < whole; block++) {
+      UNROLL for (int r = 0; r < R; r++) {
+        at[r] = codes + r * row_bytes + block * (4 * LANES);
+        __builtin_prefetch(at[r] + ahead, 0, 2);
+        scale[r] = block_scales(spread, lines[row + r], block);
+      }
+      multiply_block<P, C, R>(at, scale, tables, x, block, totals);
     }
-    multiply_block<P, C, R>(at, scale, tables, x, block, totals);
-  }
-  if (words > whole * LANES) {
-    uint8_t last[R][4 * LANES] = {{0}};
-    UNROLL for (int r = 0; r < R; r++) {
-      int64_t start = whole * (4 * LANES);
-      __builtin_memcpy(last[r], codes + r * row_bytes + start, (size_t)(row_bytes - start));
-      at[r] = last[r];
-      scale[r] = block_scales(spread, lines[r], whole);
+    if (words > whole * LANES) {
+      uint8_t last[R][4 * LANES] = {{0}};
+      UNROLL for (int r = 0; r < R; r++) {
+        int64_t start = whole * (4 * LANES);
+        __builtin_memcpy(last[r], codes + r * row_bytes + start, (size_t)(row_bytes - start));
+        at[r] = last[r];
+        scale[r] = block_scales(spread, lines[row + r], whole);
+      }
+      multiply_block<P, C, R>(at, scale, tables, x, whole, totals);
     }
-    multiply_block<P, C, R>(at, scale, tables, x, whole, totals);
+    UNROLL for (int i = 0; i < R * C; i++) sums[i] = sum(totals[i]);
   }
-  UNROLL for (int i = 0; i < R * C; i++) sums[i] = sum(totals[i]);
 }
 
 template <class P>
-using MultiplyLines = void (*)(const uint8_t *codes, int64_t row_bytes, int64_t words, const float *const *lines,
-                               const Spread &spread, const typename P::Tables &tables, const LanesOfX<P> &x, float *sums);
+using MultiplyLines = void (*)(const uint8_t *codes, int64_t row_bytes, int64_t words, int64_t count,
+                               const float *const *lines, const Spread &spread, const typename P::Tables &tables,
+                               const LanesOfX<P> &x, float *sums);
 
 template <class P, int R>
 static inline MultiplyLines<P> multiply_lines_for(int64_t rows) {
   static constexpr MultiplyLines<P> FUNCTIONS[FEW_ROWS] = {multiply_lines<P, 1, R>, multiply_lines<P, 2, R>,
                                                            multiply_lines<P, 3, R>, multiply_lines<P, 4, R>};
   return FUNCTIONS[rows - 1];
+}
+
+// Where the scales of the rows from `first` on are: in the weight, if they lie there as they are wanted, or
+// decoded into `room`, [rows][width].
+static inline void scale_lines(const fewbits_weight &w, const Grid &grid, int64_t first, int64_t rows, int64_t width,
+                               float *room, const float **lines) {
+  // One scale for each unit, and no block with lanes behind the row, whose scales would be those of the next.
+  bool plain = w.group_rows == 1 && grid.across == grid.units && w.columns % (CHUNK * LANES) == 0;
+  int64_t start = first * grid.across, count = rows * grid.across;
+  const float *from = room;
+  if (plain && w.scale_type == FEWBITS_SCALE_F32 && start + count + LANES <= w.scale_bytes / 4) {
+    from = (const float *)w.scale + start;  // with the whole vector that `pick` reads at the end
+  } else if (plain) {
+    load_scales(w, start, count, room);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    lines[r] = plain ? from + r * grid.across : room + r * width;
+    if (plain) continue;
+    float *line = room + r * width;
+    row_units(w, grid, first + r, false, line);
+    for (int64_t i = 0; i < LANES; i++) line[grid.units + i] = 0.0f;  // of lanes behind the row
+  }
 }
 
 // What zero points take away: Σ over units of scale · zero · Σ x, for one row of W and each of x.
@@ -129,39 +155,27 @@ static void multiply_few(const TileTask &t, const Piece &piece) {
   const PackTask &pack = t.pack;
   int64_t bytes = ceil_div(w.columns * w.bits, 8), words = ceil_div(w.columns, CHUNK), width = t.units + 64;
   uint8_t *memory = piece.scratch;
-  float *totals = aligned_floats(memory, pack.m * TILE_ROWS), *room = aligned_floats(memory, 3 * width);
-  float values[16];
+  float *totals = aligned_floats(memory, pack.m * TILE_ROWS), *room = aligned_floats(memory, TILE_ROWS * width);
+  float *zeros = aligned_floats(memory, width), values[16];
   table_values(w, t.factor, values);
   typename P::Tables tables = P::tables(values);
   Grid grid = grid_of(w, t.unit);
   Spread spread = spread_of(t.unit);
   LanesOfX<P> x{(const typename P::Operand *)pack.packed, pack.scales, pack.excess};
-  bool direct = w.scale_type == FEWBITS_SCALE_F32 && w.group_rows == 1 && grid.across == grid.units && grid.units % (LANES) == 0;
   for (int64_t tile = piece.begin; tile < piece.end; tile++) {
-    int64_t first = tile * TILE_ROWS, end = smaller(first + TILE_ROWS, w.rows);
-    for (int64_t row = first; row < end;) {
-      int64_t rows = pack.m > 1 && row + 2 <= end ? 2 : 1;
-      const float *lines[2];
-      float sums[2 * FEW_ROWS];
-      for (int64_t r = 0; r < rows; r++) {
-        float *line = room + r * width;
-        // `pick` reads a whole vector of scales, of which the last rows may have fewer behind them.
-        bool is_direct = direct && (row + r + 1) * grid.across + LANES <= w.scale_bytes / 4;
-        lines[r] = is_direct ? (const float *)w.scale + (row + r) * grid.across : line;
-        if (is_direct) continue;
-        row_units(w, grid, row + r, false, line);
-        // The last block may have lanes behind the row: 0 times what x has there.
-        for (int64_t i = 0; i < LANES; i++) line[grid.units + i] = 0.0f;
-      }
-      MultiplyLines<P> run = rows == 2 ? multiply_lines_for<P, 2>(pack.m) : multiply_lines_for<P, 1>(pack.m);
-      run(w.codes + row * bytes, bytes, words, lines, spread, tables, x, sums);
-      for (int64_t r = 0; r < rows; r++) {
-        if (w.zero) subtract_zeros(t, grid, row + r, lines[r], room + 2 * width, sums + r * pack.m);
-        int64_t lane = row + r - first;
-        for (int64_t c = 0; c < pack.m; c++)
-          totals[(lane / LANES * pack.m + c) * LANES + lane % LANES] = sums[r * pack.m + c];
-      }
-      row += rows;
+    int64_t first = tile * TILE_ROWS, rows = smaller(TILE_ROWS, w.rows - first);
+    const float *lines[TILE_ROWS];
+    float sums[TILE_ROWS * FEW_ROWS];
+    scale_lines(w, grid, first, rows, width, room, lines);
+    // With one row of x, a single stream is read faster than two.
+    int64_t pairs = pack.m > 1 ? rows / 2 * 2 : 0;
+    const uint8_t *codes = w.codes + first * bytes, *rest = codes + pairs * bytes;
+    multiply_lines_for<P, 2>(pack.m)(codes, bytes, words, pairs, lines, spread, tables, x, sums);
+    multiply_lines_for<P, 1>(pack.m)(rest, bytes, words, rows - pairs, lines + pairs, spread, tables, x, sums + pairs * pack.m);
+    for (int64_t r = 0; r < rows; r++) {
+      if (w.zero) subtract_zeros(t, grid, first + r, lines[r], zeros, sums + r * pack.m);
+      for (int64_t c = 0; c < pack.m; c++)
+        totals[(r / LANES * pack.m + c) * LANES + r % LANES] = sums[r * pack.m + c];
     }
     write_tile(t, first, Block{0, pack.m}, totals);
   }

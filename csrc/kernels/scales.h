@@ -95,9 +95,24 @@ static inline F apply(const Scaling &s, F value) {
   return s.has_offset ? add(value, s.offset) : value;
 }
 
+// out[i] = table[codes[i]], one load after the other: instructions that gather are slower on most processors.
+static inline void look_up_each(const float *table, const uint8_t *codes, int64_t count, float *out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    __builtin_memcpy(&eight, codes + i, 8);
+    float a = table[eight & 255], b = table[eight >> 8 & 255], c = table[eight >> 16 & 255], d = table[eight >> 24 & 255];
+    float e = table[eight >> 32 & 255], f = table[eight >> 40 & 255], g = table[eight >> 48 & 255], h = table[eight >> 56];
+    out[i] = a, out[i + 1] = b, out[i + 2] = c, out[i + 3] = d;
+    out[i + 4] = e, out[i + 5] = f, out[i + 6] = g, out[i + 7] = h;
+  }
+  for (; i < count; i++) out[i] = table[codes[i]];
+}
+
 static inline void load_nested_scales(const fewbits_weight &inner, int64_t first, int64_t count, float *out) {
   Scaling scaling = scaling_of(inner);
   float scale[LANES], zero[LANES];
+  bool is_table = inner.kind == FEWBITS_TABLE;
   while (count > 0) {
     bool flat = inner.flat_groups;
     Run run = run_at(inner, flat ? 0 : first / inner.columns, flat ? first : first % inner.columns);
@@ -106,14 +121,15 @@ static inline void load_nested_scales(const fewbits_weight &inner, int64_t first
     load_zeros(inner, run.grid_row, run.grid_column, 1, zero);
     scaling.scale = set(scale[0]);
     const uint8_t *codes = inner.codes + first;
+    if (is_table) look_up_each(inner.table, codes, length, out);
     int64_t i = 0;
     for (; i + LANES <= length; i += LANES)
-      store(out + i, apply(scaling, byte_values(inner, codes + i, set(zero[0]))));
+      store(out + i, apply(scaling, is_table ? load(out + i) : byte_values(inner, codes + i, set(zero[0]))));
     if (i < length) {
       uint8_t last[LANES] = {};
-      for (int64_t j = i; j < length; j++) last[j - i] = codes[j];
-      float values[LANES];
-      store(values, apply(scaling, byte_values(inner, last, set(zero[0]))));
+      float values[LANES] = {};
+      for (int64_t j = i; j < length; j++) last[j - i] = codes[j], values[j - i] = out[j];
+      store(values, apply(scaling, is_table ? load(values) : byte_values(inner, last, set(zero[0]))));
       for (int64_t j = i; j < length; j++) out[j] = values[j - i];
     }
     first += length, out += length, count -= length;

@@ -56,6 +56,35 @@ def huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
     return memory, start
 
 
+def forget_file_pages(address: int, nbytes: int) -> bool:
+    """Stop counting memory as this process's, if it is unchanged pages of a file; whether it was.
+
+    A checkpoint that is mapped stays in the resident memory of the process once it was read, though nobody
+    needs it any more. What is read again comes from the system's cache of the file. Memory that is not a
+    file's, or was written to, stays as it is.
+    """
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end <= start or not hasattr(mmap, "MADV_DONTNEED") or not _are_file_pages(start, end):
+        return False
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return int(advise(start, end - start, mmap.MADV_DONTNEED)) == 0
+
+
+def _are_file_pages(start: int, end: int) -> bool:
+    """Whether every page that is in memory is a file's: /proc/pid/pagemap has 8 bytes for each."""
+    first, count = start // mmap.PAGESIZE, (end - start) // mmap.PAGESIZE
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+            flags = os.pread(pagemap.fileno(), 8 * count, 8 * first)[7::8]
+    except OSError:
+        return False
+    present, swapped, file = 0x80, 0x40, 0x20  # bits 63, 62 and 61
+    known = {entry: entry & file or not entry & (present | swapped) for entry in set(flags)}
+    return len(flags) == count and all(known.values())
+
+
 def cpu_name() -> str:
     """What this machine calls its processor."""
     try:

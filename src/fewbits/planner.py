@@ -31,7 +31,7 @@ _BLOCK = 2**19
 """Weights that are quantized or decoded at a time."""
 _BLOCK_BYTES = 16
 """Of temporaries for each of them: 8 to 32, by format."""
-_PANEL = 2**22
+_PANEL = 2**23
 """Bytes of W that the C++ kernels decode at a time."""
 _INT8_COLUMNS = 1024
 """Columns of W that LLM.int8() multiplies at a time."""

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from fewbits import machine
 from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.nn import QuantExperts, QuantLinear, QuantModule
+
+_WORTH_FORGETTING = 2**20
+"""Bytes of a weight whose pages are given back when it is quantized."""
 
 
 class Conversion(ConversionOps):
@@ -72,6 +76,8 @@ class QuantizeWeight(Conversion):
                 continue
             result |= _parameters(layer, path, placing.fill(layer, weight, tensor, full_name))
             self.hf_quantizer.count(tensor.nbytes)
+            if tensor.is_cpu and tensor.is_contiguous() and tensor.nbytes >= _WORTH_FORGETTING:
+                machine.forget_file_pages(tensor.data_ptr(), tensor.nbytes)
             if isinstance(layer, QuantExperts):  # the fused weight itself is not part of the model any more
                 layer._parameters.pop(weight, None)
                 missing.discard(full_name)

@@ -18,15 +18,15 @@ from fewbits.backends.cpu.structs import DTYPES, Product, Weight, dense, describ
 from fewbits.format import Format, Scheme
 from fewbits.tensor import QuantizedTensor
 
-# Bytes of a panel: half of a usual second cache per core, and enough rows for the product to be efficient.
-_PANEL_BYTES = 2**22
+# Bytes of a panel: stays in the last cache, and has enough rows for the product to be efficient.
+_PANEL_BYTES = 2**23
 _UNSUPPORTED = 4  # FEWBITS_UNSUPPORTED of csrc/api.h
 # Instruction sets with a product of bfloat16 in hardware, which torch's own product uses as well.
 _BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
 # From so many rows of x on, panels are faster than the fused kernels (docs/benchmarks.md): exact products in
 # the dtype of the panel, by instruction set.
 _PANELS_FROM = {
-    ("avx512_bf16", torch.bfloat16): 640,
+    ("avx512_bf16", torch.bfloat16): 224,
     ("avx512_bf16", torch.float32): 640,
     ("avx512", torch.float32): 640,
     ("avx2", torch.float32): 128,

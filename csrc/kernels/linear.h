@@ -79,8 +79,12 @@ struct ByteProduct {
   }
 };
 
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #if defined(__AVX512BF16__)
 #include "pairs.h"
+#else
+#include "pairs_neon.h"
+#endif
 using LanePairProduct = PairProduct;
 constexpr int64_t LANE_PAIR_LEAST_UNIT = CHUNK;
 constexpr int32_t PRODUCTS = 1 << PRODUCT_F32 | 1 << PRODUCT_16BIT | 1 << PRODUCT_INT8;

@@ -101,14 +101,17 @@ class QuantModule(nn.Module, ABC):
         for attribute, tensor in tensors.items():
             self._register(attribute, tensor)
 
-    def use_huge_pages(self) -> None:
-        """Move large codes on the CPU to memory that is read faster (`machine.huge_pages`); same values."""
+    def use_huge_pages(self) -> int:
+        """Move large codes on the CPU to memory that is read faster (`machine.huge_pages`); bytes moved."""
+        moved_bytes = 0
         for weight in self.weights():
             codes = getattr(self, self._attribute(weight, "codes"))
             if codes.is_cpu and codes.nbytes >= machine.HUGE_PAGE:
                 memory, start = machine.huge_pages(codes.nbytes)
                 moved = torch.frombuffer(memory, dtype=codes.dtype, count=codes.numel(), offset=start)
                 codes.data = moved.view(codes.shape).copy_(codes.detach())
+                moved_bytes += codes.nbytes
+        return moved_bytes
 
     def to_storage(self, codes: Tensor) -> Tensor:
         """Codes as one column, their bytes viewed as `storage_dtype`; the same memory."""

@@ -30,7 +30,7 @@ from fewbits.report import KEPT_REASONS, report
 
 logger = logging.getLogger("fewbits")
 
-_TRIM_AFTER = 2**25  # bytes of weights quantized between two returns of freed memory
+_TRIM_AFTER = 2**25  # bytes of weights quantized or moved between two returns of freed memory
 _Header = tuple[str, tuple[int, ...]]  # of a tensor in a file: dtype, shape
 _NEW = "not in the checkpoint: new and random"
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
@@ -246,7 +246,7 @@ class FewbitsQuantizer(HfQuantizer):
         return kept
 
     def count(self, nbytes: int) -> None:
-        """Note bytes that were quantized; now and then, the memory of temporaries is given back."""
+        """Note bytes that were quantized or moved; now and then, freed memory is given back to the system."""
         self._since_trim += nbytes
         if self._since_trim >= _TRIM_AFTER:
             self._since_trim = 0
@@ -266,7 +266,7 @@ class FewbitsQuantizer(HfQuantizer):
             for weight in layer.weights():
                 for attribute in layer.part_names(weight).values():
                     getattr(layer, attribute).requires_grad_(False)
-            layer.use_huge_pages()
+            self.count(layer.use_huge_pages())
         for target, source in placing.tied_modules(model):
             placing.share(model, target, source)
         give_back_free_memory()

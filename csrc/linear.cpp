@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t TILE = 16, WORD = 8;  // rows and columns of a tile's word
 constexpr int64_t LONGEST_UNIT = 512;   // columns
-constexpr int64_t INT8_TILES_FROM = 7;    // rows of x: fewer are multiplied with columns in the lanes
 constexpr int64_t CUT_BYTES = 256 << 10;  // of x that stay in the second cache while rows of W pass by
 
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
@@ -240,7 +239,7 @@ int32_t fewbits_linear_int8(const fewbits_weight *weight, const fewbits_product 
   task.weight = weight;
   task.product = product;
   task.threshold = threshold;
-  task.tiles = p.m >= INT8_TILES_FROM;
+  task.tiles = p.m > INT8_LANES_ROWS;
   task.codes = codes.as<int8_t>();
   task.stride = stride;
   task.columns = numbers.as<int64_t>();

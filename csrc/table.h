@@ -78,6 +78,9 @@ struct TileTask {
   float factor;     // the table is multiplied with this before it is rounded to 16 bit or int8
 };
 
+// Rows of x up to which columns lie in the lanes (kernels/int8.h); more are multiplied in tiles.
+constexpr int64_t INT8_LANES_ROWS = 6;
+
 // LLM.int8(): x in int8, searched for outliers first, then quantized.
 struct Int8Task {
   const fewbits_weight *weight;

@@ -195,6 +195,7 @@ static void write_int8(const Int8Task &t, int64_t row, int64_t first, int64_t co
   }
 }
 
+// Up to INT8_LANES_ROWS rows of x. The decoded columns of outliers come last, when the rows of W are in the cache.
 static void multiply_lanes_of_bytes(const Int8Task &t, const Piece &piece) {
   const fewbits_weight &w = *t.weight;
   const fewbits_product &p = *t.product;
@@ -202,19 +203,19 @@ static void multiply_lanes_of_bytes(const Int8Task &t, const Piece &piece) {
   of.picked = (float *)piece.scratch;
   for (int64_t tile = piece.begin; tile < piece.end; tile++) {
     int64_t row = tile * TILE_ROWS, rows = smaller(TILE_ROWS, w.rows - row);
-    rows_of_w(t, row, of);
-    int32_t ints[X_GROUP * TILE_ROWS] = {0};
+    int32_t ints[INT8_LANES_ROWS * TILE_ROWS] = {0};
     for (int64_t m = 0; m < p.m; m += X_GROUP) {
       int64_t count = smaller(X_GROUP, p.m - m), step = count <= 2 ? 1 : W_GROUP;
       const int8_t *x = t.codes + m * t.stride;
       for (int64_t r = 0; r < rows;) {
         bool whole = step == W_GROUP && r + W_GROUP <= rows;
         MultiplyBytes run = whole ? multiply_bytes_for<W_GROUP>(count) : multiply_bytes_for<1>(count);
-        run(w.codes + (row + r) * w.columns, w.columns, w.columns, x, t.stride, ints + r);
+        run(w.codes + (row + r) * w.columns, w.columns, w.columns, x, t.stride, ints + m * TILE_ROWS + r);
         r += whole ? W_GROUP : 1;
       }
-      write_int8(t, row, m, count, ints, of);
     }
+    rows_of_w(t, row, of);
+    write_int8(t, row, 0, p.m, ints, of);
   }
 }
 

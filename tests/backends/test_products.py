@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits import backends, machine, reference
-from fewbits.backends.cpu import products
+from fewbits.backends.cpu import codes, products
 from fewbits.format import Format, Scheme
 from fewbits.nn import QuantLinear
 from fewbits.ops import fixed_linear, linear
@@ -78,6 +79,7 @@ def test_panels(format: Format, each: Each) -> None:
 
 def test_several_panels(each: Each, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_PANEL_BYTES", 2**14)
+    monkeypatch.setattr(products, "_kept", threading.local())
     weight = weight_of("nf4:g64", (300, 192))
     for dtype, bound in BOUNDS.items():
         x, grad = torch.randn(11, 192).to(dtype), torch.randn(2, 3, 300).to(dtype)
@@ -174,6 +176,30 @@ def test_one_thread_and_several_give_the_same(each: Each) -> None:
             finally:
                 torch.set_num_threads(before)
         assert all(torch.equal(one, results[0]) for one in results), isa
+
+
+def test_where_new_tensors_go_by_default_does_not_matter() -> None:
+    weight = weight_of("nf4:g64", (70, 128))
+    for rows in (2, 700):
+        x = torch.randn(rows, 128)
+        with torch.device("meta"):
+            y, back = products.linear(x, weight, None), products.linear_backward(x[:, :70], weight)
+            assert codes.quantize(x, weight.format).codes.is_cpu
+            assert codes.dequantize(weight, torch.bfloat16).is_cpu
+        assert y.is_cpu
+        assert back.is_cpu
+        assert error(y, x, weight) < BOUNDS[torch.float32]
+
+
+def test_inference_mode_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_kept", threading.local())
+    weight = weight_of("nf4:g64", (70, 128))
+    with torch.inference_mode():
+        linear(torch.randn(700, 128), weight)
+    x = torch.randn(700, 128, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert error(linear(x.detach(), weight), x.detach(), weight) < BOUNDS[torch.float32]
 
 
 # --- short ways -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def quantize(weight: Tensor, format: Format, name: str = "tensor") -> QuantizedT
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """The weights [*shape] in `dtype`."""
-    decoded = torch.empty(weight.shape, dtype=dtype if dtype in DTYPES else torch.float32)
+    decoded = _empty(weight.shape, dtype if dtype in DTYPES else torch.float32)
     if decoded.numel():
         weight = dense(weight)
         struct = describe(weight)
@@ -45,7 +46,8 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 def embedding(indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Rows `indices` [...] of weight [rows, columns] → [..., columns] in `dtype`; decodes only those."""
     columns = weight.shape[-1]
-    decoded = torch.empty(*indices.shape, columns, dtype=dtype if dtype in DTYPES else torch.float32)
+    shape = torch.Size((*indices.shape, columns))
+    decoded = _empty(shape, dtype if dtype in DTYPES else torch.float32)
     if decoded.numel():
         weight = dense(weight)
         wanted = indices.to(torch.int64).contiguous()
@@ -56,6 +58,10 @@ def embedding(indices: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> T
             reference.embedding(indices, weight, dtype)  # raises for indices beyond the rows
         library.check(status, f"cannot look up rows of {weight.format}")
     return decoded.to(dtype)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # wherever new tensors go by default
 
 
 def _matrix(out: Tensor, columns: int) -> tuple[int, int, int, int, int]:
@@ -71,7 +77,7 @@ def _quantize(weight: Tensor, format: Format) -> QuantizedTensor:
         weight = weight.float() - offset
     values = (weight if weight.dtype in DTYPES else weight.float()).contiguous()
     made = {
-        part.name: torch.empty(part.shape, dtype=PART_DTYPES[part.dtype])
+        part.name: _empty(part.shape, PART_DTYPES[part.dtype])
         for part in format.parts(shape)
         if "scale." not in part.name
     }
@@ -80,7 +86,7 @@ def _quantize(weight: Tensor, format: Format) -> QuantizedTensor:
         scale = made["scale"]
         _encode(values, format, scale, made["codes"], made.get("zero"))
     else:
-        exact = torch.empty(format.group.grid(shape))
+        exact = _empty(format.group.grid(shape), torch.float32)
         before = format.codes_before_scale
         _encode(values, format, exact, made["codes"] if before else None, made.get("zero"))
         scale = _quantize(exact, format.scale)

@@ -6,6 +6,7 @@ matrix product, which comes close to the peak of the machine. There is never a d
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -52,7 +53,7 @@ def linear_backward(grad: Tensor, weight: QuantizedTensor) -> Tensor:
         return reference.linear_backward(grad, weight)
     weight, dtype = dense(weight), _panel_dtype(grad.dtype)
     rows = _rows(grad).to(dtype)
-    result = torch.empty(len(rows), weight.shape[1], dtype=grad.dtype)
+    result = grad.new_empty(len(rows), weight.shape[1])
     # Panels of columns: every sum over the rows of the weight is taken at once, and rounded once.
     for columns, panel in _panels(weight, dtype, across=True):
         result[:, columns] = rows @ panel
@@ -135,7 +136,7 @@ def _product(
     function: str, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, *more: float
 ) -> Tensor | None:
     """y of a fused kernel, or None where there is none for this weight."""
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0])
     if bias is not None and (bias.dtype not in DTYPES or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     product = Product(
@@ -179,7 +180,7 @@ def _panels_from(dtype: torch.dtype) -> int:
 
 def _linear_by_panels(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     dtype = _panel_dtype(x.dtype)
-    result = torch.empty(len(x), weight.shape[0], dtype=x.dtype)
+    result = x.new_empty(len(x), weight.shape[0])
     given, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     for rows, panel in _panels(weight, dtype):
         part = None if bias is None else bias[rows]
@@ -196,7 +197,7 @@ def _panels(
     """
     size, other = (weight.shape[1], weight.shape[0]) if across else tuple(weight.shape)
     step = max(64, min(size, _PANEL_BYTES // max(other * dtype.itemsize, 1) // 64 * 64))
-    memory = torch.empty(min(step, size) * other, dtype=dtype)
+    memory = _panel_memory(min(step, size) * other, dtype)
     struct, decode = describe(weight), library.library().fewbits_dequantize
     for start in range(0, size, step):
         count = min(step, size - start)
@@ -206,6 +207,20 @@ def _panels(
         panel = memory[: rows[1] * columns[1]].view(rows[1], columns[1])
         _decode(decode, struct, rows, columns, panel)
         yield slice(start, start + count), panel
+
+
+# Each thread's, kept: the C library would give memory of this size back to the system after every product.
+_kept = threading.local()
+
+
+def _panel_memory(elements: int, dtype: torch.dtype) -> Tensor:
+    if elements * dtype.itemsize > _PANEL_BYTES:
+        return torch.empty(elements, dtype=dtype, device="cpu")
+    if not hasattr(_kept, "panel"):
+        with torch.inference_mode(mode=False):  # it outlives the mode of this call
+            _kept.panel = torch.empty(_PANEL_BYTES, dtype=torch.uint8, device="cpu")
+    memory: Tensor = _kept.panel[: elements * dtype.itemsize].view(dtype)
+    return memory
 
 
 def _decode(

@@ -98,7 +98,12 @@ static inline void row_units(const fewbits_weight &w, const Grid &grid, int64_t 
   }
   if (grid.ratio == 1) return;
   // From the last on, so that nothing is overwritten before it is read.
-  for (int64_t u = grid.units - 1; u >= 0; u--) line[u] = line[(g.phase + u) / grid.ratio];
+  int64_t left = (g.phase + grid.units - 1) % grid.ratio;  // units of this group before this one
+  for (int64_t u = grid.units - 1, group = groups - 1; u >= 0; u--) {
+    line[u] = line[group];
+    if (left == 0) group--;
+    left = left == 0 ? grid.ratio - 1 : left - 1;
+  }
 }
 
 // Scales or zero points of 16 rows, [units][16]. `room` holds 16 rows of units + 64 floats.

@@ -79,6 +79,30 @@ struct ByteProduct {
   }
 };
 
+// A table rounded to bfloat16, its lower and its upper bytes: for instruction sets that look up bytes only.
+struct BytePlanes {
+  ByteTable lower, upper;
+};
+
+static inline BytePlanes byte_planes(const float *values) {
+  uint16_t rounded[16];
+  uint8_t lower[16], upper[16];
+  for (int i = 0; i < 16; i += LANES) store_bf16(rounded + i, load(values + i));
+  for (int i = 0; i < 16; i++) {
+    lower[i] = (uint8_t)rounded[i];
+    upper[i] = (uint8_t)(rounded[i] >> 8);
+  }
+  return {make_byte_table(lower), make_byte_table(upper)};
+}
+
+// Two values of bfloat16 x as one operand; nothing is cut off.
+static inline uint32_t pair_of(const float *values) {
+  uint32_t low, high;
+  __builtin_memcpy(&low, values, 4);
+  __builtin_memcpy(&high, values + 1, 4);
+  return low >> 16 | (high & 0xffff0000u);
+}
+
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #if defined(__AVX512BF16__)
 #include "pairs.h"
@@ -111,13 +135,13 @@ static_assert(PAIR_BYTES == LanePairProduct::OPERANDS * (int32_t)sizeof(LanePair
 
 // STRIP (or fewer) vectors of rows against one block of x, over some units.
 struct Strip {
-  const uint8_t *codes[MOST_STRIP];                // from the first unit on
-  const float *scale[MOST_STRIP], *zero[MOST_STRIP];    // [units][16]; zero: or null
-  float *totals[MOST_STRIP];                       // [C][LANES] each: sums of the units before, and after
-  const uint8_t *x;                           // of the block, from the first unit on
-  const float *sums, *scales;                 // [units][C] of x, or null
-  const int32_t *excess;                      // what sums of int8 products start with
-  const uint8_t *next;                        // codes of the next tiles, where they are fetched meanwhile
+  const uint8_t *codes[MOST_STRIP];                   // from the first unit on
+  const float *scale[MOST_STRIP], *zero[MOST_STRIP];  // [units][16]; zero: or null
+  float *totals[MOST_STRIP];                          // [C][LANES] each: sums of the units before, and after
+  const uint8_t *x;                                   // of the block, from the first unit on
+  const float *sums, *scales;                         // [units][C] of x, or null
+  const int32_t *excess;                              // what sums of int8 products start with
+  const uint8_t *next;                                // codes of the next tiles, where they are fetched meanwhile
   int64_t units, unit, columns;
 };
 

@@ -30,10 +30,5 @@ struct PairProduct {
   }
   static inline Sum both(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static inline F total(Sum sum) { return sum; }
-  static inline Operand convert(const float *values) {
-    uint32_t low, high;
-    __builtin_memcpy(&low, values, 4);
-    __builtin_memcpy(&high, values + 1, 4);
-    return low >> 16 | (high & 0xffff0000u);  // x was bfloat16: nothing is cut off
-  }
+  static inline Operand convert(const float *values) { return pair_of(values); }
 };

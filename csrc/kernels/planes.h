@@ -1,17 +1,14 @@
 // The product for bfloat16 x on AVX2, with columns in the lanes (rows.h). Part of linear.h.
 //
-// The table is rounded to bfloat16 and split into its lower and its upper bytes: two byte shuffles look up 32
-// values, where one of floats looks up 8 of half a table. Interleaved, and moved to the upper half of a lane,
-// they are floats.
+// Two byte shuffles look up the lower and the upper bytes of 32 values, where one of floats looks up 8 of half a
+// table. Interleaved, and moved to the upper half of a lane, they are floats.
 
 struct PlaneProduct {
   using Sum = F;
   using Raw = __m256i;
   using Decoded = F;
   using Operand = float;
-  struct Tables {
-    __m256i lower, upper;
-  };
+  using Tables = BytePlanes;
   static constexpr int OPERANDS = 8, ELEMENTS = 1;
   // The low and the high half of a vector hold 4 words each.
   static constexpr int64_t LEAST_UNIT = 32;
@@ -19,17 +16,7 @@ struct PlaneProduct {
   static constexpr int place(int operand, int, int lane) {
     return 2 * (lane / 4 * 16 + (operand >> 1 & 1) * 8 + lane % 4 * 2 + (operand & 1)) + (operand >> 2);
   }
-  static inline Tables tables(const float *values) {
-    uint16_t rounded[16];
-    uint8_t lower[16], upper[16];
-    store_bf16(rounded, load(values));
-    store_bf16(rounded + 8, load(values + 8));
-    for (int i = 0; i < 16; i++) {
-      lower[i] = (uint8_t)rounded[i];
-      upper[i] = (uint8_t)(rounded[i] >> 8);
-    }
-    return {make_byte_table(lower), make_byte_table(upper)};
-  }
+  static inline Tables tables(const float *values) { return byte_planes(values); }
   static inline Raw fetch(const uint8_t *codes) { return load_bytes(codes); }
   template <int OPERAND>
   static inline Decoded decode(Raw raw, const Tables &tables) {

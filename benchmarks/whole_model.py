@@ -189,15 +189,7 @@ def write_models(
 ) -> dict[str, str]:
     """Write what the variants read; returns kinds of GGUF files that could not be written, and why."""
     check_room(scratch, 4 * parameters(options.size))
-    for size, name in ((options.size, "model"), ("tiny", "tiny")):
-        progress(f"writing a random model of {parameters(size):,} parameters")
-        wrote = child(
-            sys.executable,
-            options.threads,
-            {"work": "write_llama", "model": str(scratch / name), "size": size},
-        )
-        if "failed" in wrote:
-            raise SystemExit(f"error: the model was not written: {wrote['failed']}")
+    write_llamas(options, scratch, options.size)
     lost: dict[str, str] = {}
     for kind in dict.fromkeys(one.settings["kind"] for one in chosen if one.library == "llama_cpp"):
         for size, name in ((options.size, "model"), ("tiny", "tiny")):
@@ -279,15 +271,9 @@ def row(results: dict[str, Any], label: str) -> str:
 def seven_billion(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Plain reading and loading by turns, the files dropped from the system's cache before each."""
     size = "7B" if options.size == "1.1B" else options.size
-    folder, tiny = scratch / "model", scratch / "tiny"
+    folder = scratch / "model"
     check_room(scratch, 2 * parameters(size))
-    for name, kind in ((folder, size), (tiny, "tiny")):
-        progress(f"writing a random model of {parameters(kind):,} parameters")
-        wrote = child(
-            sys.executable, options.threads, {"work": "write_llama", "model": str(name), "size": kind}
-        )
-        if "failed" in wrote:
-            raise SystemExit(f"error: the model was not written: {wrote['failed']}")
+    write_llamas(options, scratch, size)
     loading = Variant("fewbits NF4+dq", "fewbits", NF4_DQ)
     jobs = {
         "plain reading": {"work": "read", "model": str(folder)},

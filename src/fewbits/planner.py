@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fewbits.backends.cpu.products import PANEL_BYTES
 from fewbits.nn import QuantEmbedding, QuantModule
 
 RUNTIME = 500_000_000
@@ -31,8 +32,6 @@ _BLOCK = 2**19
 """Weights that are quantized or decoded at a time."""
 _BLOCK_BYTES = 16
 """Of temporaries for each of them: 8 to 32, by format."""
-_PANEL = 2**23
-"""Bytes of W that the C++ kernels decode at a time."""
 _INT8_COLUMNS = 1024
 """Columns of W that LLM.int8() multiplies at a time."""
 _ROW_BYTES = 21
@@ -148,7 +147,7 @@ def _compiled_product(layer: QuantModule, tokens: int) -> int:
     sizes = [0]
     for shape, dtype in layer.weights().values():
         x = 4 * tokens * shape[1]
-        panel = 0 if layer.scheme.activation is not None else min(shape.numel() * dtype.itemsize, _PANEL)
+        panel = 0 if layer.scheme.activation is not None else min(shape.numel() * dtype.itemsize, PANEL_BYTES)
         sizes.append(x + panel)
     return max(sizes)
 

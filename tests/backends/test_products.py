@@ -78,7 +78,7 @@ def test_panels(format: Format, each: Each) -> None:
 
 
 def test_several_panels(each: Each, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_PANEL_BYTES", 2**14)
+    monkeypatch.setattr(products, "PANEL_BYTES", 2**14)
     monkeypatch.setattr(products, "_kept", threading.local())
     weight = weight_of("nf4:g64", (300, 192))
     for dtype, bound in BOUNDS.items():

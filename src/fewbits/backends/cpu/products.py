@@ -19,8 +19,8 @@ from fewbits.backends.cpu.structs import DTYPES, Product, Weight, dense, describ
 from fewbits.format import Format, Scheme
 from fewbits.tensor import QuantizedTensor
 
-# Bytes of a panel: stays in the last cache, and has enough rows for the product to be efficient.
-_PANEL_BYTES = 2**23
+PANEL_BYTES = 2**23
+"""Of decoded weights at a time: they stay in the last cache, and are enough rows for an efficient product."""
 _UNSUPPORTED = 4  # FEWBITS_UNSUPPORTED of csrc/api.h
 # Instruction sets with a product of bfloat16 in hardware, which torch's own product uses as well.
 _BF16_PRODUCTS = ("avx512_bf16", "neon_bf16")
@@ -196,7 +196,7 @@ def _panels(
     Panels share memory: each is gone when the next comes.
     """
     size, other = (weight.shape[1], weight.shape[0]) if across else tuple(weight.shape)
-    step = max(64, min(size, _PANEL_BYTES // max(other * dtype.itemsize, 1) // 64 * 64))
+    step = max(64, min(size, PANEL_BYTES // max(other * dtype.itemsize, 1) // 64 * 64))
     memory = _panel_memory(min(step, size) * other, dtype)
     struct, decode = describe(weight), library.library().fewbits_dequantize
     for start in range(0, size, step):
@@ -214,11 +214,11 @@ _kept = threading.local()
 
 
 def _panel_memory(elements: int, dtype: torch.dtype) -> Tensor:
-    if elements * dtype.itemsize > _PANEL_BYTES:
+    if elements * dtype.itemsize > PANEL_BYTES:
         return torch.empty(elements, dtype=dtype, device="cpu")
     if not hasattr(_kept, "panel"):
         with torch.inference_mode(mode=False):  # it outlives the mode of this call
-            _kept.panel = torch.empty(_PANEL_BYTES, dtype=torch.uint8, device="cpu")
+            _kept.panel = torch.empty(PANEL_BYTES, dtype=torch.uint8, device="cpu")
     memory: Tensor = _kept.panel[: elements * dtype.itemsize].view(dtype)
     return memory
 

@@ -1,3 +1,5 @@
+"""Memory: pages of files that are forgotten, and pages of 2 MiB."""
+
 from __future__ import annotations
 
 import ctypes

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import mmap
 import pickle
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fewbits import backends
+from fewbits import backends, machine, reference
 from fewbits.config import FewbitsConfig
 from fewbits.format import Scheme
 from fewbits.model import quantize_model
@@ -293,6 +294,28 @@ def test_codes_that_do_not_fill_the_storage_dtype_are_refused(spelling, shape, s
     what = rf"\[{shape[0]}, {shape[1]}\] weight in {spelling}"
     with pytest.raises(ValueError, match=rf"{what}.*{storage}.*uint8"):
         QuantLinear(shape[1], shape[0], False, scheme)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
+def test_large_codes_move_to_private_memory_on_large_pages() -> None:
+    layer = QuantLinear(4096, 1024, False, Scheme.parse("nf4:g64"))
+    layer.store(layer.stored("weight", [reference.quantize(torch.randn(1024, 4096), layer.scheme.weight)]))
+    before = layer.weight.clone()
+    layer.use_huge_pages()
+    assert torch.equal(layer.weight, before)
+    address = layer.weight.data_ptr()
+    assert address % machine.HUGE_PAGE == 0
+    with open("/proc/self/smaps") as lines:
+        entries = iter(lines)
+        for line in entries:
+            first, _, rest = line.partition("-")
+            last, mode = rest.split()[:2] if rest else ("", "")
+            if mode[:2] == "rw" and int(first, 16) <= address < int(last, 16):
+                assert mode == "rw-p"  # shared memory has no large pages by default
+                flags = next(one for one in entries if one.startswith("VmFlags:"))
+                assert " hg" in flags
+                return
+    pytest.fail("the codes lie in no mapping")
 
 
 # --- experts ----------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbits import backends, machine, reference
+from fewbits import backends, reference
 from fewbits.backends.cpu import codes, products
 from fewbits.format import Format, Scheme
-from fewbits.nn import QuantLinear
 from fewbits.ops import fixed_linear, linear
 from fewbits.tensor import QuantizedTensor
 
@@ -228,25 +227,3 @@ def test_wrong_inputs_are_refused_on_the_short_way_too() -> None:
         linear(torch.randn(3, 255), weight)
     with pytest.raises(ValueError, match=r"takes a bias \[96\]"):
         linear(torch.randn(3, 256), weight, torch.randn(95))
-
-
-@pytest.mark.skipif(not hasattr(machine.mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux")
-def test_large_codes_move_to_private_memory_on_large_pages() -> None:
-    layer = QuantLinear(4096, 1024, False, Scheme.parse("nf4:g64"))
-    layer.store(layer.stored("weight", [weight_of("nf4:g64", (1024, 4096))]))
-    before = layer.weight.clone()
-    layer.use_huge_pages()
-    assert torch.equal(layer.weight, before)
-    address = layer.weight.data_ptr()
-    assert address % machine.HUGE_PAGE == 0
-    with open("/proc/self/smaps") as lines:
-        entries = iter(lines)
-        for line in entries:
-            first, _, rest = line.partition("-")
-            last, mode = rest.split()[:2] if rest else ("", "")
-            if mode[:2] == "rw" and int(first, 16) <= address < int(last, 16):
-                assert mode == "rw-p"  # shared memory has no large pages by default
-                flags = next(one for one in entries if one.startswith("VmFlags:"))
-                assert " hg" in flags
-                return
-    pytest.fail("the codes lie in no mapping")

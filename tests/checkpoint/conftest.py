@@ -1,7 +1,8 @@
-"""A small checkpoint, and jobs that halve it."""
+"""A small checkpoint, jobs that halve it, and folders of any tensors."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.checkpoint import finish, job, session
 from fewbits.checkpoint import work as work_on
 from fewbits.checkpoint.folder import Folder, open_folder
 from fewbits.checkpoint.job import Job, Made, Unit
+from fewbits.checkpoint.stored import StoredWeight, stored_weights
+from fewbits.config import FewbitsConfig
+from fewbits.model import quantize_model
 
 COUNT = 12
 SHAPE = (64, 32)
@@ -106,3 +110,51 @@ def stopping(after: int) -> Any:
         return halved(tensors)
 
     return make
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], quantization: Any = None, **config: Any) -> Folder:
+    """A folder with these tensors and this quantization_config."""
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path / "model.safetensors")
+    return open_folder(path)
+
+
+def found_in(folder: Folder) -> dict[str, StoredWeight]:
+    """The weights of a folder by name; together they have all of its bytes."""
+    weights = stored_weights(folder)
+    assert sum(weight.nbytes for weight in weights) == folder.nbytes
+    return {weight.name: weight for weight in weights}
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 20, 64))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(96, 33)
+        self.norm = nn.LayerNorm(96)
+        self.experts = Experts()
+
+
+class Model(nn.Module):
+    """What `own` quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(40, 64)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.lm_head = nn.Linear(64, 40, bias=False)
+
+
+def own(path: Path, config: FewbitsConfig, **more: Any) -> tuple[Folder, nn.Module]:
+    """A folder in fewbits' own schema, and the model that it holds."""
+    model = Model()
+    quantize_model(model, config)
+    return write(path, model.state_dict(), config.to_dict(), **more), model

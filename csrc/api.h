@@ -135,6 +135,6 @@ FEWBITS_API int32_t fewbits_linear(const fewbits_weight *weight, const fewbits_p
 FEWBITS_API int32_t fewbits_linear_a8(const fewbits_weight *weight, const fewbits_product *product,
                                       int64_t activation_group);
 // LLM.int8(): weight in int8, one scale a row; columns of x with a magnitude of `threshold` or more (0: none)
-// are multiplied in x's dtype.
+// are multiplied in x's dtype. FEWBITS_UNSUPPORTED with more columns than 32 bits can sum.
 FEWBITS_API int32_t fewbits_linear_int8(const fewbits_weight *weight, const fewbits_product *product,
                                         float threshold);

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t TILE = 16, WORD = 8;  // rows and columns of a tile's word
 constexpr int64_t LONGEST_UNIT = 512;   // columns
+constexpr int64_t MOST_INT8_COLUMNS = INT32_MAX / (127 * 128);  // whose products of int8 fit 32 bits together
 constexpr int64_t CUT_BYTES = 256 << 10;  // of x that stay in the second cache while rows of W pass by
 
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
@@ -229,6 +230,8 @@ int32_t fewbits_linear_int8(const fewbits_weight *weight, const fewbits_product 
   if (!(threshold >= 0)) return fail(FEWBITS_BAD_ARGUMENT, "the outlier threshold is %f", (double)threshold);
   const fewbits_product &p = *product;
   if (!w.columns) return fail(FEWBITS_UNSUPPORTED, "a weight without columns has no scales to multiply with");
+  if (w.columns > MOST_INT8_COLUMNS)
+    return fail(FEWBITS_UNSUPPORTED, "products of %lld columns do not fit 32 bits", (long long)w.columns);
   if (!p.m || !w.rows) return FEWBITS_OK;
   // Rows of codes lie an odd number of lines apart: at a power of two they would fight for the same lines of
   // the cache.

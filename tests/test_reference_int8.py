@@ -106,3 +106,13 @@ def test_the_integer_product_is_exact_for_extreme_codes(columns):
     small = exact.abs() < 2**22  # beyond, float32 rounds the exact sum
     assert small[1:].any()
     assert torch.equal(result[small].round().long(), exact[small])
+
+
+@pytest.mark.parametrize("code", [127, -128])
+@pytest.mark.parametrize("columns", [132_104, 132_105, 140_000])
+def test_sums_are_exact_beyond_32_bits(columns: int, code: int) -> None:
+    """The largest codes everywhere; 127 · 128 · 132 104 is the last sum below 2³¹."""
+    weight = quantize(torch.ones(2, columns), Format.parse("int8:row"))
+    weight.codes.fill_(code)
+    result = linear_int8(torch.full((3, columns), 2.0), weight, None, 0.0)
+    assert torch.allclose(result, torch.full((3, 2), 2.0 * columns * code / 127), rtol=1e-6)

@@ -402,11 +402,12 @@ def _absmax(rows: Tensor) -> Tensor:
 
 
 def _exact_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """int32 codes [m, k] · weight [n, k]ᵀ for float32 codes within ±127 and int8 weights.
+    """codes [m, k] · weight [n, k]ᵀ of float32 codes within ±127 and int8 weights, in int32 if that holds it.
 
     float32 holds sums of up to 1024 such products exactly, hence blocks of 1024 columns.
     """
-    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.int32, device=codes.device)
+    whole = torch.int32 if codes.shape[1] * 127 * 128 < 2**31 else torch.int64
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=whole, device=codes.device)
     for start in range(0, codes.shape[1], 1024):
         block = slice(start, start + 1024)
         total += (codes[:, block] @ weight[:, block].float().T).int()

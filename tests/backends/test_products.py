@@ -21,6 +21,7 @@ SHAPES = [(1, 1), (3, 5), (17, 64), (16, 72), (37, 200), (33, 1160), (50, 4304)]
 # Rows of x: each kernel of few rows, blocks that are full and not, more blocks than are fetched ahead for.
 ROWS = [0, 1, 2, 3, 4, 5, 12, 13, 30, 45]
 FUSED = ["nf4:g64", "fp4:g32:dq", "int4:g128", "int4:g32:f16:zero", "int3:g64:zero", "int2:g16", "mxfp4:g32"]
+MOST_INT8_COLUMNS = (2**31 - 1) // (127 * 128)  # that csrc/linear.cpp multiplies
 # Relative to the product of the magnitudes. bfloat16: the codebook is rounded as well.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -124,6 +125,31 @@ def test_int8_products_do_not_depend_on_the_instruction_set(each: Each) -> None:
         x = torch.randn(rows, 520)
         results = [products.linear_int8(x, weight, None, 0.0) for _ in each()]
         assert all(torch.equal(one, results[0]) for one in results), rows
+
+
+def test_int8_products_in_several_rounds(each: Each) -> None:
+    rows, columns = 140, 4304
+    assert rows * columns > 2**19, "x stays in the second cache as a whole"
+    weight, bias = weight_of("int8:row", (50, columns)), torch.randn(50)
+    x = torch.randn(rows, columns)
+    x[:, :5] *= 9.0
+    wanted = reference.linear_int8(x, weight, bias, 6.0).double()
+    for isa in each():
+        y = products.linear_int8(x, weight, bias, 6.0).double()
+        assert float((y - wanted).norm() / wanted.norm()) < BOUNDS[torch.float32] / 4, isa
+
+
+@pytest.mark.parametrize("code", [127, -128])
+@pytest.mark.parametrize("columns", [MOST_INT8_COLUMNS, MOST_INT8_COLUMNS + 1, 140_000])
+def test_int8_products_of_very_many_columns(columns: int, code: int, each: Each) -> None:
+    """The largest codes everywhere: 32 bits do not hold more of their products than MOST_INT8_COLUMNS."""
+    weight = reference.quantize(torch.ones(3, columns), Format.parse("int8:row"))
+    weight.codes.fill_(code)
+    for rows in (1, 20):
+        x, wanted = torch.full((rows, columns), 2.0), torch.full((rows, 3), 2.0 * columns * code / 127)
+        for isa in each():
+            y = products.linear_int8(x, weight, None, 0.0)
+            assert torch.allclose(y, wanted, rtol=1e-6), (isa, rows)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -109,7 +109,9 @@ class QuantModule(nn.Module, ABC):
             if codes.is_cpu and codes.nbytes >= machine.HUGE_PAGE:
                 memory, start = machine.huge_pages(codes.nbytes)
                 moved = torch.frombuffer(memory, dtype=codes.dtype, count=codes.numel(), offset=start)
-                codes.data = moved.view(codes.shape).copy_(codes.detach())
+                before = codes.detach()
+                codes.data = moved.view(codes.shape).copy_(before)
+                machine.forget_file_pages(before.data_ptr(), before.nbytes)  # of a quantized checkpoint
                 moved_bytes += codes.nbytes
         return moved_bytes
 

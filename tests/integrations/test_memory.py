@@ -1,4 +1,4 @@
-"""Memory while loading: beside the quantized model, little more than the weight at hand."""
+"""Memory while loading: beside the quantized model, little more than the weight at hand, and no file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ MB = 10**6
 on_linux = pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="needs /proc/<pid>/status to see anonymous memory"
 )
+needs_pagemap = pytest.mark.skipif(
+    not Path("/proc/self/pagemap").is_file(), reason="only Linux tells which pages are a file's"
+)
 
 # Loads a tiny model first, so that imports and caches do not count; then says when the real load is on.
 LOADER = """
@@ -39,21 +43,50 @@ config = {
     ),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "int4": lambda: fewbits.FewbitsConfig("int4:g128:f16:zero"),
+    "stored": lambda: None,
 }[config]()
-AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype, quantization_config=config)
+options = {"dtype": dtype} if config is None else {"dtype": dtype, "quantization_config": config}
+AutoModelForCausalLM.from_pretrained(tiny, **options)
 print("start", flush=True)
-model = AutoModelForCausalLM.from_pretrained(large, dtype=dtype, quantization_config=config)
+model = AutoModelForCausalLM.from_pretrained(large, **options)
 print(model.get_memory_footprint(), flush=True)
 sys.stdin.readline()
 """
 
 
+def resident(pid: int, *kinds: str) -> int:
+    """Bytes of a process that are of these kinds, in the words of /proc/<pid>/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    sizes = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in lines)
+        if name.startswith("Rss")
+    }
+    return sum(sizes[kind] for kind in kinds)
+
+
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that is no file's: RssAnon, without the mapped pages of the checkpoint."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"no RssAnon in /proc/{pid}/status")
+    """Memory of a process that is no file's, so without the mapped pages of the checkpoint."""
+    return resident(pid, "RssAnon")
+
+
+def file_bytes(pid: int) -> int:
+    """Pages of files in the memory of a process; of files that lie in memory, too (tmpfs)."""
+    return resident(pid, "RssFile", "RssShmem")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What loading adds, in bytes: anonymous memory at its peak and at rest, file pages; and the model."""
+
+    peak: int
+    rest: int
+    files: int
+    footprint: int
+
+    def told(self, full: int) -> str:
+        sizes = {"peak": self.peak, "rest": self.rest, "files": self.files, "quantized": self.footprint}
+        return " ".join(f"{name} {size / MB:.0f} MB" for name, size in {**sizes, "full": full}.items())
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +130,10 @@ def llama_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, torch.d
 
 
 @pytest.fixture
-def growth_while_loading(checkpoint: Callable[..., Path]) -> Callable[..., tuple[int, int, int]]:
-    """(peak, rest, footprint) in bytes: growth of anonymous memory while loading and after, and the model."""
+def growth_while_loading(checkpoint: Callable[..., Path]) -> Callable[..., Growth]:
+    """growth_while_loading(path, dtype, config, **environment), in a process of its own."""
 
-    def measure(path: Path, dtype: str, config: str, **environment: str) -> tuple[int, int, int]:
+    def measure(path: Path, dtype: str, config: str, **environment: str) -> Growth:
         child = subprocess.Popen(
             [sys.executable, "-c", LOADER, checkpoint("llama"), path, dtype, config],
             env={
@@ -117,12 +150,12 @@ def growth_while_loading(checkpoint: Callable[..., Path]) -> Callable[..., tuple
         with child:
             assert child.stdout is not None
             assert child.stdout.readline().strip() == "start"
-            baseline = anonymous_bytes(child.pid)
+            baseline, files = anonymous_bytes(child.pid), file_bytes(child.pid)
             peak = max(sampled_until_output(child))
             footprint = int(child.stdout.readline())
-            rest = anonymous_bytes(child.pid) - baseline
+            rest, files = anonymous_bytes(child.pid) - baseline, file_bytes(child.pid) - files
             child.communicate("\n")
-        return peak - baseline, rest, footprint
+        return Growth(peak - baseline, rest, files, footprint)
 
     return measure
 
@@ -139,27 +172,20 @@ def full_bytes(layers: int) -> int:
     return 2 * (layers * (4 * 1024 * 1024 + 3 * 2816 * 1024) + 2 * 512 * 1024)
 
 
-def figures(peak: int, rest: int, footprint: int, full: int) -> str:
-    return " ".join(
-        f"{name} {size / MB:.0f} MB"
-        for name, size in (("peak", peak), ("rest", rest), ("quantized", footprint), ("full", full))
-    )
-
-
 @on_linux
 def test_what_lives_is_the_quantized_model_and_a_few_weights(
     llama_of: Callable[[int, torch.dtype], Path],
-    growth_while_loading: Callable[..., tuple[int, int, int]],
+    growth_while_loading: Callable[..., Growth],
 ) -> None:
     """glibc told to give large blocks back at once, so that memory is what is in use."""
-    peak, rest, footprint = growth_while_loading(
+    found = growth_while_loading(
         llama_of(6, torch.bfloat16), "bfloat16", "nf4", MALLOC_MMAP_THRESHOLD_=str(MB)
     )
-    shown = figures(peak, rest, footprint, full_bytes(6))
-    assert footprint < 0.28 * full_bytes(6), shown
-    assert peak < footprint + 8 * LARGEST + 16 * MB, shown
-    assert rest < footprint + 16 * MB, shown
-    assert peak > 0.8 * footprint, f"nothing was measured: {shown}"
+    shown = found.told(full_bytes(6))
+    assert found.footprint < 0.28 * full_bytes(6), shown
+    assert found.peak < found.footprint + 8 * LARGEST + 16 * MB, shown
+    assert found.rest < found.footprint + 16 * MB, shown
+    assert found.peak > 0.8 * found.footprint, f"nothing was measured: {shown}"
 
 
 CASES = {
@@ -179,17 +205,43 @@ def test_memory_taken_from_the_system_stays_far_below_the_full_model(
     config: str,
     share: float,
     llama_of: Callable[[int, torch.dtype], Path],
-    growth_while_loading: Callable[..., tuple[int, int, int]],
+    growth_while_loading: Callable[..., Growth],
 ) -> None:
     """With the allocator as it comes. `share`: of the bf16 model, which the peak must stay below."""
     path = llama_of(layers, stored)
-    peak, rest, footprint = growth_while_loading(path, "bfloat16", config)
+    found = growth_while_loading(path, "bfloat16", config)
     (path / "model.safetensors").unlink()
-    shown = figures(peak, rest, footprint, full_bytes(layers))
-    assert peak < footprint + 10 * LARGEST + 32 * MB, shown
-    assert peak < share * full_bytes(layers), shown
-    assert rest < footprint + 16 * MB, shown
-    assert peak > 0.8 * footprint, f"nothing was measured: {shown}"
+    shown = found.told(full_bytes(layers))
+    assert found.peak < found.footprint + 10 * LARGEST + 32 * MB, shown
+    assert found.peak < share * full_bytes(layers), shown
+    assert found.rest < found.footprint + 16 * MB, shown
+    assert found.peak > 0.8 * found.footprint, f"nothing was measured: {shown}"
+
+
+@needs_pagemap
+def test_a_checkpoint_leaves_resident_memory_while_it_is_quantized(
+    llama_of: Callable[[int, torch.dtype], Path],
+    growth_while_loading: Callable[..., Growth],
+) -> None:
+    """All of its pages are read, and the file stays mapped for the weights that are kept."""
+    found = growth_while_loading(llama_of(4, torch.bfloat16), "bfloat16", "nf4")
+    assert found.files < full_bytes(4) / 4, found.told(full_bytes(4))
+
+
+@needs_pagemap
+def test_codes_that_move_to_huge_pages_leave_no_file_pages_behind(
+    llama_of: Callable[[int, torch.dtype], Path],
+    growth_while_loading: Callable[..., Growth],
+    load: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """The codes of a layer's MLP are large enough to move, 8.7 MB a layer; all others stay where they are."""
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    load(llama_of(4, torch.bfloat16), config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found = growth_while_loading(tmp_path, "bfloat16", "stored")
+    moved = 4 * 3 * LARGEST // 2
+    assert found.rest > 0.8 * moved, f"nothing was moved: {found.told(full_bytes(4))}"
+    assert found.files < moved / 2, found.told(full_bytes(4))
 
 
 def test_one_weight_at_a_time_is_in_full_precision(

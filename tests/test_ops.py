@@ -165,6 +165,21 @@ def test_nothing_but_the_stored_parts_is_kept_for_backward(scheme):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("backend", backends.BACKENDS, ids=lambda one: one.name)
+@pytest.mark.parametrize("scheme", [*FEW, "int8:row@int8:t6", "nf4:g64@int8:g64"])
+@pytest.mark.parametrize("lead", [(1,), (3,), (), (2, 3), (40, 40), (0,)], ids=str)
+def test_what_a_layer_returns_may_be_changed_in_place(backend, scheme, lead, monkeypatch):
+    """As that of nn.Linear may: models add to it, or clamp it. Autograd refuses where it is a view."""
+    monkeypatch.setattr(
+        backends, "BACKENDS", tuple({backend.name: backend, "last": backends.BACKENDS[-1]}.values())
+    )
+    spelling, _, activation = scheme.partition("@")
+    x = torch.randn(*lead, 64, requires_grad=True)
+    y = linear(x, quantize(torch.randn(11, 64), spelling), activation=activation or None)
+    y.add_(1).mul_(2).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("scheme", ["nf4:g64", "int8:row@int8:t6", "int8:row@int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_does_not_reach_inside_the_ops(scheme, dtype):

@@ -6,6 +6,7 @@ matrix product, which comes close to the peak of the machine. There is never a d
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -39,12 +40,13 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """x [..., in] · decode(weight [out, in])ᵀ + bias [out], in x's dtype."""
     if x.dtype not in DTYPES:
         return reference.linear(x, weight, bias)
-    weight, rows = dense(weight), _rows(x)
-    if len(rows) < _panels_from(_panel_dtype(x.dtype)) and _is_fused(weight.format, weight.shape):
-        y = _product("fewbits_linear", rows, weight, bias)
+    weight = dense(weight)
+    rows = math.prod(x.shape[:-1])
+    if rows < _panels_from(_panel_dtype(x.dtype)) and _is_fused(weight.format, weight.shape):
+        y = _product("fewbits_linear", x, weight, bias)
         if y is not None:
-            return y.view(*x.shape[:-1], y.shape[-1])
-    return _linear_by_panels(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+            return y
+    return _linear_by_panels(x, weight, bias)
 
 
 def linear_backward(grad: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -52,31 +54,31 @@ def linear_backward(grad: Tensor, weight: QuantizedTensor) -> Tensor:
     if grad.dtype not in DTYPES:
         return reference.linear_backward(grad, weight)
     weight, dtype = dense(weight), _panel_dtype(grad.dtype)
-    rows = _rows(grad).to(dtype)
-    result = grad.new_empty(len(rows), weight.shape[1])
+    rows, result = _rows(grad).to(dtype), _result(grad, weight.shape[1])
+    matrix = result.view(len(rows), weight.shape[1])
     # Panels of columns: every sum over the rows of the weight is taken at once, and rounded once.
     for columns, panel in _panels(weight, dtype, across=True):
-        result[:, columns] = rows @ panel
-    return result.view(*grad.shape[:-1], weight.shape[1])
+        matrix[:, columns] = rows @ panel
+    return result
 
 
 def linear_int8(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, threshold: float) -> Tensor:
     """LLM.int8() (arXiv 2208.07339): x [..., in] times weight [out, in] in int8:row, plus bias [out]."""
     if x.dtype not in DTYPES:
         return reference.linear_int8(x, weight, bias, threshold)
-    y = _product("fewbits_linear_int8", _rows(x), dense(weight), bias, threshold)
+    y = _product("fewbits_linear_int8", x, dense(weight), bias, threshold)
     if y is None:  # no columns, or more than 32 bits can sum
         return reference.linear_int8(x, weight, bias, threshold)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y
 
 
 def linear_a8(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, group: int) -> Tensor:
     """x [..., in], quantized to int8 in groups of columns (0: rows), times decode(weight [out, in])ᵀ."""
     weight = dense(weight)
     if x.dtype in DTYPES and _is_fused(weight.format, weight.shape):
-        y = _product("fewbits_linear_a8", _rows(x), weight, bias, group)
+        y = _product("fewbits_linear_a8", x, weight, bias, group)
         if y is not None:
-            return y.view(*x.shape[:-1], y.shape[-1])
+            return y
     return linear(reference.rounded_to_int8(x, group), weight, bias)
 
 
@@ -125,6 +127,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def _result(x: Tensor, columns: int) -> Tensor:
+    """[..., columns] for x [..., any], to be written; no view: autograd lets nobody change those in place."""
+    return x.new_empty(*x.shape[:-1], columns)
+
+
 # Formats and shapes that the fused kernels said they do not multiply.
 _refused: set[tuple[Format, torch.Size]] = set()
 
@@ -137,15 +144,15 @@ def _product(
     function: str, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, *more: float
 ) -> Tensor | None:
     """y of a fused kernel, or None where there is none for this weight."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    rows, y = _rows(x), _result(x, weight.shape[0])
     if bias is not None and (bias.dtype not in DTYPES or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     product = Product(
-        x.data_ptr(),
-        x.shape[0],
-        x.shape[1],
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
         y.data_ptr(),
-        y.shape[1],
+        y.shape[-1],
         None if bias is None else bias.data_ptr(),
         DTYPES[x.dtype],
         DTYPES[y.dtype],
@@ -180,12 +187,12 @@ def _panels_from(dtype: torch.dtype) -> int:
 
 
 def _linear_by_panels(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    dtype = _panel_dtype(x.dtype)
-    result = x.new_empty(len(x), weight.shape[0])
-    given, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    dtype, result = _panel_dtype(x.dtype), _result(x, weight.shape[0])
+    given, bias = _rows(x).to(dtype), None if bias is None else bias.to(dtype)
+    matrix = result.view(len(given), weight.shape[0])
     for rows, panel in _panels(weight, dtype):
         part = None if bias is None else bias[rows]
-        result[:, rows] = torch.nn.functional.linear(given, panel, part)
+        matrix[:, rows] = torch.nn.functional.linear(given, panel, part)
     return result
 
 

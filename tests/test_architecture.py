@@ -26,7 +26,7 @@ LAYERS = (
     ("nn", "algorithms"),
     ("recipe",),
     ("config", "report"),
-    ("planner", "model", "checkpoint", "evaluate"),
+    ("planner", "model", "checkpoint", "evaluate", "training"),
     ("integrations",),
     ("cli",),
     ("__main__",),

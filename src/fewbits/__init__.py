@@ -14,6 +14,7 @@ from fewbits.ops import linear, quantize
 from fewbits.recipe import Recipe
 from fewbits.report import report
 from fewbits.tensor import QuantizedTensor
+from fewbits.training import prepare_for_training
 
 __all__ = [
     "BitsAndBytesConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "Scheme",
     "enable",
     "linear",
+    "prepare_for_training",
     "quantize",
     "quantize_model",
     "report",

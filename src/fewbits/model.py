@@ -324,10 +324,12 @@ def _revive(layer: QuantModule) -> nn.Module:
         "scheme",
         "source_class",
         "relative_errors",
+        "notes",
         "_weights",
         "_scales",
         "_spelling",
         "_names",
+        "_terms",
     }
     plain.__dict__.update({name: value for name, value in vars(layer).items() if name not in own})
     for name, child in layer.named_children():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,7 @@ class QuantModule(nn.Module, ABC):
 
     source_class     the class of the layer that this one replaced
     relative_errors  per weight, ‖W - decode(W)‖ / ‖W‖, where it was quantized here and not loaded
+    notes            per weight, what happened to it since, for the report
     is_stack         parts have a leading dimension: one quantized tensor per expert
     """
 
@@ -42,6 +44,7 @@ class QuantModule(nn.Module, ABC):
     scheme: Scheme
     source_class: type[nn.Module]
     relative_errors: dict[str, float]
+    notes: dict[str, str]
 
     def _init(
         self,
@@ -52,6 +55,7 @@ class QuantModule(nn.Module, ABC):
     ) -> None:
         nn.Module.__init__(self)
         self.source_class, self.relative_errors, self._scales = source_class, {}, scales
+        self.notes = {}
         self._weights = weights
         self._set_scheme(scheme)
 
@@ -176,7 +180,33 @@ class QuantModule(nn.Module, ABC):
         return super()._apply(as_integers, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class QuantLinear(QuantModule, nn.Linear):
+class QuantMatrix(QuantModule):
+    """A layer with one quantized matrix, `weight`: [out, in] of a linear layer, the rows of an embedding."""
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight; shares memory with this layer."""
+        shape, dtype = self.weights()["weight"]
+        return QuantizedTensor.from_parts(self._parts(), self.scheme.weight, shape, dtype)
+
+    def dequantize(self, weight: str = "weight") -> Tensor:
+        """The weight decoded, to the dtype that `weights` says."""
+        return self.quantized_weight().dequantize()
+
+    def overwrite(self, weight: QuantizedTensor) -> None:
+        """Put another weight of the same format and shape in the place of this one, in the same memory."""
+        mine = self.quantized_weight()
+        if (weight.format, weight.shape) != (mine.format, mine.shape):
+            raise ValueError(
+                f"cannot put a weight {weight.format} {list(weight.shape)} in the place of {mine.format} "
+                f"{list(mine.shape)}"
+            )
+        given = weight.parts()
+        with torch.no_grad():
+            for name, part in mine.parts().items():
+                part.copy_(given[name])
+
+
+class QuantLinear(QuantMatrix, nn.Linear):
     """y = x · decode(W)ᵀ + bias, with W [out_features, in_features] in a Format.
 
     `scheme` says the format, LLM.int8() activations if any, and the compute dtype (None: that of x). The
@@ -207,15 +237,6 @@ class QuantLinear(QuantModule, nn.Linear):
             )
         else:
             self.register_parameter("bias", None)
-
-    def quantized_weight(self) -> QuantizedTensor:
-        """W [out_features, in_features]; shares memory with this layer."""
-        shape, dtype = self.weights()["weight"]
-        return QuantizedTensor.from_parts(self._parts(), self.scheme.weight, shape, dtype)
-
-    def dequantize(self, weight: str = "weight") -> Tensor:
-        """W decoded, [out_features, in_features], to the dtype that `weights` says."""
-        return self.quantized_weight().dequantize()
 
     def adopt(self, weight: QuantizedTensor, storage_dtype: str) -> None:
         """Change format, storage dtype and weight dtype to those of a weight that was read from a file."""
@@ -263,7 +284,7 @@ class QuantLinear(QuantModule, nn.Linear):
         )
 
 
-class QuantEmbedding(QuantModule, nn.Embedding):
+class QuantEmbedding(QuantMatrix, nn.Embedding):
     """Rows of a quantized [num_embeddings, embedding_dim] table; only the rows asked for are decoded.
 
     Returns the dtype that `weights` says. `scales` is as in `QuantLinear`, but never "parameters":
@@ -288,9 +309,6 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         self.scale_grad_by_freq = self.sparse = False
         self._allocate("weight", shape, device)
 
-    quantized_weight = QuantLinear.quantized_weight
-    dequantize = QuantLinear.dequantize
-
     def forward(self, input: Tensor) -> Tensor:
         shape, dtype = self.weights()["weight"]
         rows: Tensor = torch.ops.fewbits.embedding.default(
@@ -311,6 +329,7 @@ class QuantExperts(QuantModule):
     """
 
     is_stack = True
+    _terms: dict[str, list[tuple[Tensor, Tensor]]]  # what `adding` adds
 
     def __init__(
         self,
@@ -321,6 +340,7 @@ class QuantExperts(QuantModule):
     ) -> None:
         weights = dict(expert_shapes(source))
         self._init(weights, replace(scheme, storage_dtype="uint8"), type(source), scales)
+        self._terms = {}
         for name, value in vars(source).items():
             if name not in ("_parameters", "_buffers", "_modules") and not name.startswith("__"):
                 self.__dict__.setdefault(name, value)
@@ -359,9 +379,26 @@ class QuantExperts(QuantModule):
 
     def dequantize(self, weight: str) -> Tensor:
         """A fused weight decoded, [experts, …] in the orientation and dtype it had."""
-        count = len(getattr(self, self._attribute(weight, "codes")))
-        fused = torch.stack([self.quantized_weight(weight, expert).dequantize() for expert in range(count)])
+        experts = range(self.count)
+        fused = torch.stack([self.quantized_weight(weight, expert).dequantize() for expert in experts])
         return fused.transpose(1, 2).contiguous() if self._transposed else fused
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return len(getattr(self, self._attribute(next(iter(self._weights)), "codes")))
+
+    @contextmanager
+    def adding(self, weight: str, terms: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Compute with weight[e] + b[e] · a[e] of every term (a [experts, rank, in], b [experts, out, rank]).
+
+        For as long as the context lasts. Gradients flow to the terms.
+        """
+        self._terms[weight] = list(terms)
+        try:
+            yield
+        finally:
+            del self._terms[weight]
 
     @property
     def _transposed(self) -> bool:
@@ -372,11 +409,18 @@ class QuantExperts(QuantModule):
         source: Any = self.source_class
         try:
             for weight in self._weights:  # found before parameters; never registered, never saved
-                self.__dict__[weight] = self.dequantize(weight)
+                self.__dict__[weight] = self._with_terms(weight)
             return source.forward(self, *inputs)
         finally:
             for weight in self._weights:
                 self.__dict__.pop(weight, None)
+
+    def _with_terms(self, weight: str) -> Tensor:
+        value = self.dequantize(weight)
+        for a, b in self._terms.get(weight, ()):
+            term = b @ a
+            value = value + (term.transpose(1, 2) if self._transposed else term).to(value.dtype)
+        return value
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, (shape, _) in self._weights.items())
@@ -400,6 +444,8 @@ class RoutedExperts(QuantExperts):
         scheme, shape = self.scheme, self._weights[weight][0]
         computed = x if scheme.compute_dtype is None else x.to(getattr(torch, scheme.compute_dtype))
         y: Tensor = torch.ops.fewbits.linear.default(computed, parts, bias, self._spelling, shape)
+        for a, b in self._terms.get(weight, ()):
+            y = y + x.to(a.dtype) @ a[expert].T @ b[expert].T
         return y.to(x.dtype)
 
     def forward(  # type: ignore[override]  # what the interface calls, by position or by name
@@ -420,9 +466,8 @@ class RoutedExperts(QuantExperts):
 
     def _routes(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(expert, its tokens, their place in the top k) of every expert that is hit."""
-        count = len(getattr(self, self._attribute("down_proj", "codes")))
         for expert in torch.unique(top_k_index).tolist():
-            if expert < count:  # larger: the expert lives on another device
+            if expert < self.count:  # larger: the expert lives on another device
                 tokens, rank = torch.where(top_k_index == expert)
                 yield expert, tokens, rank
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from fewbits.nn import QuantModule
 
 KEPT_REASONS = "_fewbits_kept"  # attribute of a model: module name → why its weights were kept
+NOTES = "_fewbits_notes"  # attribute of a model: parameter name → what happened to it since
 
 
 @dataclass(frozen=True)
 class Entry:
     """One weight: its name, shape, what it is stored as, bytes (scales included), and why it was kept.
 
-    `reason` is empty for a quantized weight; `relative_error` is ‖W - decode(W)‖ / ‖W‖ where known.
+    `reason` is empty for a quantized weight; `relative_error` is ‖W - decode(W)‖ / ‖W‖ where known. `note`
+    says what happened since: a cast to float32 for training, a merged adapter.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Entry:
     quantized: bool
     reason: str = ""
     relative_error: float | None = None
+    note: str = ""
 
     @property
     def count(self) -> int:
@@ -89,7 +93,8 @@ class Report:
         for entry in self.entries:
             error = "" if entry.relative_error is None else f"{entry.relative_error:.4f}"
             shape = " x ".join(map(str, entry.shape)) or "scalar"
-            rows.append((entry.name, shape, entry.stored, f"{entry.nbytes:,}", entry.reason or error))
+            told = "; ".join(filter(None, (entry.reason or error, entry.note)))
+            rows.append((entry.name, shape, entry.stored, f"{entry.nbytes:,}", told))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[4]
@@ -101,19 +106,43 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What every weight of `model` is stored as, and why those in full precision were kept.
 
-    Tied weights appear once. Works on any module, also on the meta device.
+    Tied weights appear once. Works on any module, also on the meta device and under adapters of PEFT.
     """
-    reasons: dict[str, str] = getattr(model, KEPT_REASONS, {})
     entries: list[Entry] = []
     seen: set[int] = set()
+    told = _told(model)
     for prefix, module in model.named_modules():
         quantized = _quantized_entries(prefix, module, seen) if isinstance(module, QuantModule) else []
         entries += quantized
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                entries.append(_kept(_join(prefix, name), tensor, module, reasons.get(prefix)))
+                entries.append(_kept(_join(prefix, name), tensor, module, told))
     return Report(tuple(entries))
+
+
+def _told(model: nn.Module) -> dict[tuple[str, int], str]:
+    """("kept", identity of a module) → why; ("note", identity of a parameter) → what happened to it.
+
+    The model that was quantized may be deep inside `model` by now, and its layers inside those of an adapter.
+    """
+    told: dict[tuple[str, int], str] = {}
+    for root in model.modules():
+        reasons, notes = vars(root).get(KEPT_REASONS, {}), vars(root).get(NOTES, {})
+        if not reasons and not notes:
+            continue
+        for name, module in root.named_modules():
+            if (reason := reasons.get(_original(name))) is not None:
+                told["kept", id(module)] = reason
+        for name, parameter in root.named_parameters():
+            if (note := notes.get(_original(name))) is not None:
+                told["note", id(parameter)] = note
+    return told
+
+
+def _original(name: str) -> str:
+    """The name of a module or parameter before PEFT wrapped layers."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _quantized_entries(prefix: str, module: QuantModule, seen: set[int]) -> list[Entry]:
@@ -133,19 +162,23 @@ def _quantized_entries(prefix: str, module: QuantModule, seen: set[int]) -> list
                 sum(tensor.nbytes for tensor in tensors),
                 True,
                 relative_error=module.relative_errors.get(weight),
+                note=module.notes.get(weight, ""),
             )
         )
     return entries
 
 
-def _kept(name: str, tensor: Tensor, module: nn.Module, reason: str | None) -> Entry:
+def _kept(name: str, tensor: Tensor, module: nn.Module, told: Mapping[tuple[str, int], str]) -> Entry:
     dtype = str(tensor.dtype).removeprefix("torch.")
+    reason = told.get(("kept", id(module)))
     if tensor.dim() < 2:
         reason = f"{tensor.dim()}-dimensional"
     elif name.endswith("bias"):
         reason = "bias"
     elif reason is None and isinstance(module, nn.Embedding):
         reason = "an embedding; name it in FewbitsConfig(modules=…) to quantize it"
+    elif reason is None and "lora_" in name:
+        reason = "an adapter"
     return Entry(
         name,
         tuple(tensor.shape),
@@ -153,6 +186,7 @@ def _kept(name: str, tensor: Tensor, module: nn.Module, reason: str | None) -> E
         tensor.nbytes,
         False,
         reason or f"a parameter of {type(module).__name__}, which is no linear layer",
+        note=told.get(("note", id(tensor)), ""),
     )
 
 

@@ -1,33 +1,44 @@
 """Where other libraries find fewbits.
 
-transformers learns of fewbits as soon as both are imported, in either order; nothing is imported for it.
+transformers and PEFT learn of fewbits as soon as both are imported, in either order; nothing is imported for
+it.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
+import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
+
+from fewbits.integrations.imports import after_import
 
 _AUTO = "transformers.quantizers.auto"  # holds the tables of config and quantizer classes
 _takeover: bool | None = None
 
+# Functions of PEFT that decide by the kind of layer or model, and which have no registry: `integrations.peft`
+# has one of the same name for each, which hands everything but quantized layers of fewbits to the original.
+_PEFT = {
+    "peft.utils.integrations": "dequantize_module_weight",
+    "peft.utils.other": "prepare_model_for_kbit_training",
+    "peft.utils.quantization_utils": "resolve_quantization_backend",
+    "peft.tuners.lora.layer": "dispatch_default",
+    "peft.tuners.tuners_utils": "BaseTuner._inject_parameters",
+}
+
 
 def enable(takeover: bool | None = None) -> None:
-    """Register fewbits with transformers; say who loads `bitsandbytes` checkpoints and configs.
+    """Register fewbits with transformers and PEFT; say who loads `bitsandbytes` checkpoints and configs.
 
     takeover True: fewbits; False: the bitsandbytes package; None: fewbits where that package is not
     installed. `import fewbits` calls `enable()`. Models that are loaded already stay as they are.
     """
     global _takeover
     _takeover = takeover
-    if _AUTO in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_AUTO, _register)
+    for module, function in _PEFT.items():
+        after_import(module, functools.partial(_extend, module, function))
 
 
 def owns_bitsandbytes() -> bool:
@@ -43,28 +54,20 @@ def _register() -> None:
         transformers.register(takeover=owns_bitsandbytes())
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers fewbits right after transformers' tables have been imported."""
+def _extend(module: str, path: str) -> None:
+    """Put our function in the place of one of `module`, also where it was imported from there already."""
+    place, _, name = path.rpartition(".")
+    owner: Any = getattr(sys.modules[module], place) if place else sys.modules[module]
+    original: Callable[..., Any] | None = getattr(owner, name, None)
+    if original is None or hasattr(original, "__wrapped__"):  # an earlier PEFT, or done before
+        return
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _AUTO:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+    @functools.wraps(original)
+    def extended(*args: Any, **kwargs: Any) -> Any:
+        from fewbits.integrations import peft
 
+        return getattr(peft, name.lstrip("_"))(original, *args, **kwargs)
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _register()
+    for importer in [owner, *sys.modules.values()]:
+        if getattr(importer, "__dict__", {}).get(name) is original:
+            setattr(importer, name, extended)

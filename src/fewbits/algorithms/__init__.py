@@ -1,0 +1,1 @@
+"""Ways to choose codes, beyond the nearest."""

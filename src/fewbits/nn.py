@@ -370,7 +370,7 @@ class QuantExperts(QuantModule):
         return QuantizedTensor.from_parts(parts, self.scheme.weight, shape, dtype)
 
     def matrices(self, value: Tensor) -> Sequence[Tensor]:
-        return list(value.transpose(1, 2) if self._transposed else value)
+        return list(value.transpose(1, 2) if self.transposed else value)
 
     def stored(self, weight: str, quantized: Sequence[QuantizedTensor]) -> dict[str, Tensor]:
         experts = [one.parts() for one in quantized]
@@ -381,7 +381,7 @@ class QuantExperts(QuantModule):
         """A fused weight decoded, [experts, …] in the orientation and dtype it had."""
         experts = range(self.count)
         fused = torch.stack([self.quantized_weight(weight, expert).dequantize() for expert in experts])
-        return fused.transpose(1, 2).contiguous() if self._transposed else fused
+        return fused.transpose(1, 2).contiguous() if self.transposed else fused
 
     @property
     def count(self) -> int:
@@ -401,7 +401,8 @@ class QuantExperts(QuantModule):
             del self._terms[weight]
 
     @property
-    def _transposed(self) -> bool:
+    def transposed(self) -> bool:
+        """Whether the layer that this one replaced kept its weights as [experts, in, out]."""
         return bool(getattr(self, "is_transposed", False))
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -419,7 +420,7 @@ class QuantExperts(QuantModule):
         value = self.dequantize(weight)
         for a, b in self._terms.get(weight, ()):
             term = b @ a
-            value = value + (term.transpose(1, 2) if self._transposed else term).to(value.dtype)
+            value = value + (term.transpose(1, 2) if self.transposed else term).to(value.dtype)
         return value
 
     def extra_repr(self) -> str:

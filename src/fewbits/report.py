@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewbits.nn import QuantModule
 
 KEPT_REASONS = "_fewbits_kept"  # attribute of a model: module name → why its weights were kept
+_ADAPTER = "an adapter"
 NOTES = "_fewbits_notes"  # attribute of a model: parameter name → what happened to it since
 
 
@@ -72,11 +73,14 @@ class Report:
         for entry in self.quantized:
             formats[entry.stored] = formats.get(entry.stored, 0) + 1
         stored = ", ".join(f"{count} x {name}" for name, count in formats.items()) or "none"
-        large = [entry for entry in self.kept if len(entry.shape) > 1]
+        adapters = sum(entry.reason == _ADAPTER for entry in self.kept)
+        large = [entry for entry in self.kept if len(entry.shape) > 1 and entry.reason != _ADAPTER]
         names = ", ".join(entry.name for entry in large[:3]) + (", …" if len(large) > 3 else "")
+        kept, whole = (len(entries) - adapters for entries in (self.kept, self.entries))
         return (
-            f"quantized: {stored}; kept: {len(self.kept)} of {len(self.entries)} weights"
+            f"quantized: {stored}; kept: {kept} of {whole} weights"
             + (f" ({names})" if names else "")
+            + (f"; {adapters} weights of adapters" if adapters else "")
             + f"; {_size(self.nbytes)}, {self.bits_per_weight:.2f} bits per weight"
         )
 
@@ -178,7 +182,7 @@ def _kept(name: str, tensor: Tensor, module: nn.Module, told: Mapping[tuple[str,
     elif reason is None and isinstance(module, nn.Embedding):
         reason = "an embedding; name it in FewbitsConfig(modules=…) to quantize it"
     elif reason is None and "lora_" in name:
-        reason = "an adapter"
+        reason = _ADAPTER
     return Entry(
         name,
         tuple(tensor.shape),

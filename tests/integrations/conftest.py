@@ -266,3 +266,16 @@ def python() -> Callable[..., str]:
         return done.stdout
 
     return execute
+
+
+@pytest.fixture(scope="session")
+def without_bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every installed package but bitsandbytes, for an interpreter started with -S."""
+    folder = tmp_path_factory.mktemp("packages")
+    for place in map(Path, sys.path):
+        if place.name in ("site-packages", "dist-packages") and place.is_dir():
+            for package in place.iterdir():
+                link = folder / package.name
+                if not package.name.lower().startswith("bitsandbytes") and not link.exists():
+                    link.symlink_to(package)
+    return folder

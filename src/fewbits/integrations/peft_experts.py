@@ -29,7 +29,7 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         """A stand-in with the shape, dtype and device of the weight, and no memory."""
         layer = self._experts()
         (out_features, in_features), dtype = layer.weights()[self.parameter_name]
-        sizes = (in_features, out_features) if layer._transposed else (out_features, in_features)
+        sizes = (in_features, out_features) if layer.transposed else (out_features, in_features)
         device = next(iter(self._parts().values())).device
         return torch.empty((), dtype=dtype, device=device).expand(layer.count, *sizes)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits import FewbitsConfig
-from fewbits.integrations.peft import LoraLinear
+from fewbits.integrations.peft import LoraLinear, _Merging
 from fewbits.nn import QuantEmbedding, QuantLinear
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 94 + 2
@@ -151,7 +151,14 @@ VARIANTS = {
     "oft": peft.OFTConfig(oft_block_size=16, **FEW),
     "boft": peft.BOFTConfig(boft_block_size=8, **FEW),
     "shira": peft.ShiraConfig(r=4, **FEW),
+    "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **FEW),
+    "adalora": peft.AdaLoraConfig(r=4, total_step=10, **FEW),
+    "road": peft.RoadConfig(**FEW),
+    "fourierft": peft.FourierFTConfig(n_frequency=20, **FEW),
+    "randlora": peft.RandLoraConfig(r=4, **FEW),
+    "c3a": peft.C3AConfig(block_size=16, **FEW),
 }
+BY_BACKEND = ("vera", "miss", "oft", "boft", "shira")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,9 +176,9 @@ def test_merging_rounds_once_and_unmerging_is_exact(variant: str, model_of: Call
             plain = nn.Linear(layer.in_features, layer.out_features, False)
             plain.weight = nn.Parameter(layer.quantized_weight().dequantize(torch.float32))
             other.base_layer, other.quantization_backend = plain, None
-            type(other).merge(other) if variant in ("vera", "miss", "oft", "boft", "shira") else super(
-                LoraLinear.__mro__[1], other
-            ).merge()
+            # The method of PEFT's own class, which follows ours in the order of resolution.
+            theirs = type(other) if variant in BY_BACKEND else super(_Merging, other)
+            theirs.merge(other) if variant in BY_BACKEND else theirs.merge()
             module.merge()
             expected = fewbits.quantize(plain.weight, "nf4:g64:dq")
             assert module.base_layer.quantized_weight() == expected, names[id(module)]
@@ -180,6 +187,13 @@ def test_merging_rounds_once_and_unmerging_is_exact(variant: str, model_of: Call
     adapted.unmerge_adapter()
     assert same(before, bits(adapted))
     assert torch.equal(logits(adapted), trained)
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig(r=4), peft.LoKrConfig(r=4), peft.HRAConfig(r=4)])
+def test_what_computes_with_weights_is_refused(config: Any, model_of: Callable[..., Any]) -> None:
+    config.target_modules = ["q_proj"]
+    with pytest.raises(ValueError, match="computes with the weights it adapts"):
+        get_peft_model(model_of(), config)
 
 
 @pytest.mark.parametrize("safe", [False, True])

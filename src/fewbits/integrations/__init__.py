@@ -24,7 +24,7 @@ _PEFT = {
     "peft.utils.other": "prepare_model_for_kbit_training",
     "peft.utils.quantization_utils": "resolve_quantization_backend",
     "peft.tuners.lora.layer": "dispatch_default",
-    "peft.tuners.tuners_utils": "BaseTuner._inject_parameters",
+    "peft.tuners.tuners_utils": "BaseTuner.inject_adapter",
 }
 
 
@@ -66,7 +66,7 @@ def _extend(module: str, path: str) -> None:
     def extended(*args: Any, **kwargs: Any) -> Any:
         from fewbits.integrations import peft
 
-        return getattr(peft, name.lstrip("_"))(original, *args, **kwargs)
+        return getattr(peft, name)(original, *args, **kwargs)
 
     for importer in [owner, *sys.modules.values()]:
         if getattr(importer, "__dict__", {}).get(name) is original:

@@ -6,6 +6,7 @@ front of PEFT's own of the same name; each takes the original first and passes o
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,10 @@ from fewbits.checkpoint.folder import open_folder
 from fewbits.integrations.peft_experts import ParamWrapper
 from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, QuantModule
 from fewbits.tensor import QuantizedTensor
+
+_COMPUTE_WITH_WEIGHTS = ("hra", "loha", "lokr")
+"""Methods of PEFT that read the weight in every forward, and have no backend for quantized ones."""
+
 
 # --- what PEFT calls --------------------------------------------------------------------------------
 
@@ -74,10 +79,11 @@ def dispatch_default(
     return made
 
 
-def inject_parameters(original: Any, tuner: Any, peft_config: Any, model: nn.Module, **kwargs: Any) -> Any:
-    """Adapters over parameters (`target_parameters`), which PEFT finds by the names of parameters.
+def inject_adapter(original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Put the layers of an adapter into `model`, so that those over quantized layers can merge.
 
-    The weights of quantized experts have no parameter of their name; for this call they get one without data.
+    PEFT finds what `target_parameters` names by the names of parameters. The weights of quantized experts
+    have no parameter of their name; for this call they get one without data.
     """
     experts = [module for module in model.modules() if isinstance(module, QuantExperts)]
     for layer in experts:
@@ -85,11 +91,15 @@ def inject_parameters(original: Any, tuner: Any, peft_config: Any, model: nn.Mod
             stand_in = torch.empty((layer.count, *shape), dtype=dtype, device="meta")
             layer.register_parameter(weight, nn.Parameter(stand_in, requires_grad=False))
     try:
-        return original(tuner, peft_config=peft_config, model=model, **kwargs)
+        return original(tuner, model, *args, **kwargs)
     finally:
         for layer in experts:
             for weight in layer.weights():
                 del layer._parameters[weight]
+        for module in list(model.modules()):
+            if _is_unknown(module):
+                kind: Any = type(module)
+                module.__class__ = _merging(kind)
 
 
 def dequantize_module_weight(original: Any, module: nn.Module) -> Tensor:
@@ -135,38 +145,17 @@ class Backend(QuantizationBackend):
         merge_into(layer, weight_data, self._first, "adapter")
 
 
-class _OverQuantized:
-    """What LoRA layers over quantized layers share.
+class _Merging:
+    """Merging for any PEFT layer over a quantized one.
 
     PEFT's own methods run on a plain layer with the decoded weight; what they leave there is quantized once.
-    So every variant merges (DoRA, rsLoRA, …) and every initialisation that changes the weight works (PiSSA,
-    OLoRA, …). The codes of before are kept while anything is merged, so that unmerging is exact, and merging
-    a second adapter does not round the first one twice.
+    So whatever merges into plain layers merges here. The codes of before are kept while anything is merged,
+    so that unmerging is exact, and merging a second adapter does not round the first one twice.
     """
 
     base_layer: Any
     merged_adapters: list[str]
     _first: tuple[QuantizedTensor, Tensor | None] | None = None  # weight and bias before merging
-
-    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        """Add an adapter. What an initialisation by name takes out of the weight, the codes lose."""
-        parent: Any = super()
-        if not isinstance(config.init_lora_weights, str):
-            parent.update_layer(adapter_name, *args, config=config, **kwargs)
-            return
-        if config.init_lora_weights == "loftq":
-            raise ValueError(
-                "init_lora_weights='loftq' needs the weights before quantization. Leave it out, and call "
-                "fewbits.integrations.peft.initialize_loftq(model, originals) after get_peft_model"
-            )
-        me: Any = self
-        layer = me.get_base_layer()
-        before = layer.quantized_weight().dequantize(torch.float32)
-        with self._decoded(before.clone()) as plain:
-            parent.update_layer(adapter_name, *args, config=config, **kwargs)
-        if not torch.equal(plain.weight, before):
-            requantize(layer, plain.weight, f"changed by {config.init_lora_weights}")
-        me._move_adapter_to_device_of_base_layer(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters (None: the active ones) to the weight, and round it to its Format again.
@@ -228,12 +217,61 @@ class _OverQuantized:
             holder.base_layer = layer
 
 
+class _OverQuantized(_Merging):
+    """What LoRA layers share: they merge, and initialisations may change the weight (PiSSA, OLoRA, …)."""
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        """Add an adapter. What an initialisation by name takes out of the weight, the codes lose."""
+        parent: Any = super()
+        if not isinstance(config.init_lora_weights, str):
+            parent.update_layer(adapter_name, *args, config=config, **kwargs)
+            return
+        if config.init_lora_weights == "loftq":
+            raise ValueError(
+                "init_lora_weights='loftq' needs the weights before quantization. Leave it out, and call "
+                "fewbits.integrations.peft.initialize_loftq(model, originals) after get_peft_model"
+            )
+        me: Any = self
+        layer = me.get_base_layer()
+        before = layer.quantized_weight().dequantize(torch.float32)
+        with self._decoded(before.clone()) as plain:
+            parent.update_layer(adapter_name, *args, config=config, **kwargs)
+        if not torch.equal(plain.weight, before):
+            requantize(layer, plain.weight, f"changed by {config.init_lora_weights}")
+        me._move_adapter_to_device_of_base_layer(adapter_name)
+
+
 class LoraLinear(_OverQuantized, lora.Linear):
     """LoRA over a `QuantLinear`."""
 
 
 class LoraEmbedding(_OverQuantized, lora.Embedding):
     """LoRA over a `QuantEmbedding`."""
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether this is a layer of PEFT over a quantized one that neither we nor a backend taught to merge.
+
+    ValueError for one that cannot work: it computes with the weight, and would take the codes for it.
+    """
+    unknown = (
+        isinstance(module, BaseTunerLayer)
+        and not isinstance(module, _Merging)
+        and module.quantization_backend is None
+        and isinstance(module.get_base_layer(), QuantMatrix)
+    )
+    method = type(module).__module__.split(".")[2] if unknown else ""
+    if method in _COMPUTE_WITH_WEIGHTS:
+        raise ValueError(
+            f"PEFT's {method} computes with the weights it adapts, and does not know quantized ones. "
+            "Take LoRA, VeRA, MiSS or OFT, or a model that is not quantized"
+        )
+    return unknown
+
+
+@functools.cache
+def _merging(layer: Any) -> type[nn.Module]:
+    return type(layer.__name__, (_Merging, layer), {"__module__": layer.__module__})
 
 
 def merge_into(layer: QuantMatrix, merged: Tensor, first: QuantizedTensor, names: str) -> None:
@@ -261,7 +299,7 @@ def requantize(layer: QuantMatrix, value: Tensor, note: str) -> float:
 
 
 def _both(layer: Any) -> tuple[Any, Any]:
-    return layer, super(_OverQuantized, layer)
+    return layer, super(_Merging, layer)
 
 
 def _copy(weight: QuantizedTensor) -> QuantizedTensor:

@@ -63,6 +63,15 @@ def test_linear_meets_torchs_rules_for_ops(scheme):
     )
 
 
+def test_a_product_with_a_rounded_weight_meets_torchs_rules_for_ops():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 33), (11, 33), (11,)))
+    torch.library.opcheck(torch.ops.fewbits.rounded_linear.default, (x, weight, bias, "int8:row@int8:t6"))
+    torch.library.opcheck(
+        torch.ops.fewbits.rounded_linear_backward.default,
+        (torch.randn(2, 3, 11), weight.detach(), "int8:row"),
+    )
+
+
 @few_formats
 def test_embedding_meets_torchs_rules_for_ops(spelling):
     parts = parts_of(quantize(torch.randn(11, 33), spelling))
@@ -178,6 +187,23 @@ def test_what_a_layer_returns_may_be_changed_in_place(backend, scheme, lead, mon
     y = linear(x, quantize(torch.randn(11, 64), spelling), activation=activation or None)
     y.add_(1).mul_(2).sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("scheme", [*FEW, "int8:row@int8:t6"])
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_gradients_are_those_of_the_dequantized_layer(scheme):
+    """For LLM.int8() with the product itself as it was rounded: that is where the gradient is taken."""
+    spelling, _, activation = scheme.partition("@")
+    weight, x = quantize(torch.randn(11, 65), spelling), torch.randn(2, 3, 65, requires_grad=True)
+    dense, other = weight.dequantize(torch.float64), torch.randn(2, 3, 65)
+    y = linear(x, weight, activation=activation or None)
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * other).sum(), x, create_graph=True)
+    truth = (other.double() @ dense.T * 6 * y.detach().double()) @ dense
+    torch.testing.assert_close(second.double(), truth, rtol=1e-4, atol=1e-3)
+    (third,) = torch.autograd.grad((second * other).sum(), x)
+    truth = ((other.double() @ dense.T).square() * 6) @ dense
+    torch.testing.assert_close(third.double(), truth, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("scheme", ["nf4:g64", "int8:row@int8:t6", "int8:row@int8"])

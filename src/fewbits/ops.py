@@ -6,8 +6,10 @@ and its shape, so that `torch.compile` sees plain tensors and constants:
     fewbits::quantize(weight, format) -> parts
     fewbits::dequantize(parts, format, shape, dtype) -> weight
     fewbits::linear(x, parts, bias, scheme, shape) -> y          differentiable in x and bias
-    fewbits::linear_backward(grad, parts, format, shape) -> grad_x
+    fewbits::linear_backward(grad, parts, format, shape) -> grad_x              differentiable in grad
     fewbits::embedding(indices, parts, format, shape, dtype) -> rows
+    fewbits::rounded_linear(x, weight, bias, scheme) -> y        differentiable in x, weight and bias
+    fewbits::rounded_linear_backward(grad, weight, format) -> grad_x            differentiable in both
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _LIBRARY.define("linear_backward(Tensor grad, Tensor[] parts, str format, SymInt
 _LIBRARY.define(
     "embedding(Tensor indices, Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor"
 )
+_LIBRARY.define("rounded_linear(Tensor x, Tensor weight, Tensor? bias, str scheme) -> Tensor")
+_LIBRARY.define("rounded_linear_backward(Tensor grad, Tensor weight, str format) -> Tensor")
 
 
 def quantize(tensor: Tensor, format: Format | str, *, name: str = "tensor") -> QuantizedTensor:
@@ -63,6 +67,19 @@ def linear(
         return _multiply(x, weight, bias, _scheme(scheme))
     parts = list(weight.parts().values())
     result: Tensor = torch.ops.fewbits.linear.default(x, parts, bias, scheme, weight.shape)
+    return result
+
+
+def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    """`linear` with the codes that a floating weight [out, in] has now, for training that weight.
+
+    `scheme` is the spelling of a Scheme, for instance "int8:row@int8:t6".
+
+    Gradients are straight-through (Bengio et al. 2013, arXiv:1308.3432): rounding to codes counts as the
+    identity. With ŵ the decoded codes, grad_x = grad_y · ŵ, the weight that was multiplied by, and
+    grad_weight = grad_yᵀ · x. For backward x and the weight itself are kept; codes are made again there.
+    """
+    result: Tensor = torch.ops.fewbits.rounded_linear.default(x, weight, bias, scheme)
     return result
 
 
@@ -159,6 +176,22 @@ def _embedding(
     return kernels.embedding(indices, weight, dtype)
 
 
+def _rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    parsed = _scheme(scheme)
+    _check_linear(x, weight, bias, parsed.weight, weight.shape)
+    return _multiply(x, _rounded(weight, parsed.weight), bias, parsed)
+
+
+def _rounded_linear_backward(grad: Tensor, weight: Tensor, format: str) -> Tensor:
+    codes = _rounded(weight, Format.parse(format))
+    return backends.choose("linear_backward", codes.format, grad.device).linear_backward(grad, codes)
+
+
+def _rounded(weight: Tensor, format: Format) -> QuantizedTensor:
+    name = "the weight of a layer in training"
+    return backends.choose("quantize", format, weight.device).quantize(weight, format, name)
+
+
 def _check_linear(
     x: Tensor, codes: Tensor, bias: Tensor | None, format: Format, shape: Sequence[int]
 ) -> None:
@@ -225,12 +258,23 @@ def _embedding_fake(
     return parts[0].new_empty(*indices.shape, shape[1], dtype=dtype)
 
 
+def _rounded_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    _check_places(x, weight, bias, weight.shape)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _rounded_linear_backward_fake(grad: Tensor, weight: Tensor, format: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
 for _name, _implementation, _fake in (
     ("quantize", _quantize, _quantize_fake),
     ("dequantize", _dequantize, _dequantize_fake),
     ("linear", _linear, _linear_fake),
     ("linear_backward", _linear_backward, _linear_backward_fake),
     ("embedding", _embedding, _embedding_fake),
+    ("rounded_linear", _rounded_linear, _rounded_linear_fake),
+    ("rounded_linear_backward", _rounded_linear_backward, _rounded_linear_backward_fake),
 ):
     _LIBRARY.impl(_name, _without_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fewbits::{_name}", _fake, lib=_LIBRARY)
@@ -249,9 +293,74 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         format = ctx.scheme.partition("@")[0]
         grad_x = torch.ops.fewbits.linear_backward.default(grad.contiguous(), parts, format, ctx.shape)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = _bias_gradient(grad, ctx.bias_dtype)
     return grad_x, [None] * len(parts), grad_bias, None, None
 
 
-torch.library.register_autograd("fewbits::linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
+def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(dtype)
+
+
+def _save_rounded_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.scheme = inputs
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(weight if needs_x else None, x if needs_weight else None)
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+
+
+def _rounded_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, x = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        format = ctx.scheme.partition("@")[0]
+        grad_x = torch.ops.fewbits.rounded_linear_backward.default(grad.contiguous(), weight, format)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(grad, x, ctx.weight_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = _bias_gradient(grad, ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias, None
+
+
+# grad_x is linear in grad, so that its derivative is the forward product again: gradients of any order.
+
+
+def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, ctx.format, ctx.shape = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _second(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = list(ctx.saved_tensors)
+    result = torch.ops.fewbits.linear.default(grad, parts, None, ctx.format, ctx.shape)
+    return result, [None] * len(parts), None, None
+
+
+def _save_rounded_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, weight, ctx.format = inputs
+    needs_first, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(weight if needs_first else None, first if needs_weight else None)
+    ctx.weight_dtype = weight.dtype
+
+
+def _rounded_second(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, first = ctx.saved_tensors
+    grad_first = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_first = torch.ops.fewbits.rounded_linear.default(grad, weight, None, ctx.format)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(first, grad, ctx.weight_dtype)
+    return grad_first, grad_weight, None
+
+
+for _name, _derivative, _save in (
+    ("linear", _backward, _save_for_backward),
+    ("rounded_linear", _rounded_backward, _save_rounded_for_backward),
+    ("linear_backward", _second, _save_for_second),
+    ("rounded_linear_backward", _rounded_second, _save_rounded_for_second),
+):
+    torch.library.register_autograd(f"fewbits::{_name}", _derivative, setup_context=_save, lib=_LIBRARY)

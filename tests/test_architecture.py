@@ -24,7 +24,7 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn", "algorithms"),
-    ("recipe",),
+    ("recipe", "int8_training"),
     ("config", "report"),
     ("planner", "model", "checkpoint", "evaluate", "training"),
     ("integrations",),

@@ -326,8 +326,17 @@ def test_recipe_of_8bit(fp16_weight: bool) -> None:
     config = BitsAndBytesConfig(
         load_in_8bit=True, llm_int8_threshold=5.5, llm_int8_has_fp16_weight=fp16_weight
     )
-    scheme = Scheme(Format.parse("int8:row"), Activation(5.5))
-    assert config.to_recipe() == Recipe((Rule(".*", scheme, "load_in_8bit"),))
+    scheme = Scheme(Format.parse("int8:row"), Activation(5.5), trainable=fp16_weight)
+    recipe = config.to_recipe()
+    assert recipe == Recipe((Rule(".*", scheme, "load_in_8bit"),))
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_fewbits_config_refuses_weights_to_train_and_names_the_config_for_them() -> None:
+    scheme = BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True).to_recipe().rules[0].scheme
+    for options in ({"format": scheme}, {"modules": {"mlp": scheme}}):
+        with pytest.raises(ValueError, match="cannot train weights; use BitsAndBytesConfig"):
+            FewbitsConfig(**options)
 
 
 def test_recipe_of_nothing() -> None:
@@ -482,7 +491,7 @@ def test_scheme_objects_are_kept_exactly(scheme: Scheme) -> None:
 def test_recipes_of_bitsandbytes_survive() -> None:
     for options in combinations()[::31]:
         config = quiet(**options)
-        if config.is_quantizable():
+        if config.is_quantizable() and not (config.load_in_8bit and config.llm_int8_has_fp16_weight):
             recipe = config.to_recipe()
             again = FewbitsConfig.from_dict(FewbitsConfig.from_recipe(recipe).to_dict()).to_recipe()
             assert [(r.pattern, r.scheme) for r in again.rules] == [

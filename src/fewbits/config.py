@@ -36,6 +36,7 @@ a Scheme, or None ("skip": keep the weight as it is)."""
 
 _COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+_ENTRY_DTYPES = ("compute_dtype", "storage_dtype")
 _QUANT_TYPES = ("fp4", "nf4")
 
 # The options that a way of loading does not read, with their defaults: any other value deserves a warning.
@@ -139,7 +140,7 @@ class BitsAndBytesConfig(_Config):
         llm_int8_skip_modules: name patterns of the modules to keep as they are, for 4 bits as well.
         llm_int8_enable_fp32_cpu_offload: modules that a device map puts on the CPU or the disk stay
             unquantized.
-        llm_int8_has_fp16_weight: keep 16-bit weights beside LLM.int8(), for full fine-tuning.
+        llm_int8_has_fp16_weight: weights stay as they are, to be trained; int8 codes are made for products.
         bnb_4bit_compute_dtype: dtype that 4-bit weights are decoded and multiplied in; None: float32.
         bnb_4bit_quant_type: 16 values of the 4-bit codes, "fp4" or "nf4" (QLoRA's NormalFloat).
         bnb_4bit_use_double_quant: store the scales of the groups in 8 bits (QLoRA's double quantization).
@@ -239,7 +240,8 @@ class BitsAndBytesConfig(_Config):
         if self.load_in_4bit:
             return Recipe((*skips, Rule(".*", self._scheme_4bit(), "load_in_4bit")))
         if self.load_in_8bit:
-            scheme = Scheme(Format.parse("int8:row"), Activation(threshold=self.llm_int8_threshold))
+            trained = self.llm_int8_has_fp16_weight
+            scheme = Scheme(Format.parse("int8:row"), Activation(self.llm_int8_threshold), trainable=trained)
             return Recipe((*skips, Rule(".*", scheme, "load_in_8bit")))
         raise ValueError(
             "BitsAndBytesConfig has load_in_4bit=False and load_in_8bit=False, so it names no format. "
@@ -355,10 +357,9 @@ class FewbitsConfig(_Config):
         if scheme is None:
             return "skip"
         plain = _with_default_dtype(Scheme.parse(str(scheme)), self.compute_dtype)
-        names = ("compute_dtype", "storage_dtype")
-        unsaid = {
-            name: getattr(scheme, name) for name in names if getattr(scheme, name) != getattr(plain, name)
-        }
+        if scheme.trainable:
+            raise ValueError(f"FewbitsConfig {where} cannot train weights; use BitsAndBytesConfig for that.")
+        unsaid = {k: v for k in _ENTRY_DTYPES if (v := getattr(scheme, k)) != getattr(plain, k)}
         return {"format": str(scheme), **unsaid} if unsaid else str(scheme)
 
 
@@ -368,11 +369,9 @@ def _scheme(entry: Entry, where: str, compute_dtype: str | None) -> Scheme | Non
         return None
     if isinstance(entry, Scheme):
         return entry
-    if isinstance(entry, Format):
-        return _with_default_dtype(Scheme(entry), compute_dtype)
     if isinstance(entry, Mapping):
         return _scheme_from_object(entry, where, compute_dtype)
-    if isinstance(entry, str):
+    if isinstance(entry, str | Format):
         try:
             return _with_default_dtype(Scheme.parse(entry), compute_dtype)
         except ValueError as error:
@@ -384,7 +383,7 @@ def _scheme(entry: Entry, where: str, compute_dtype: str | None) -> Scheme | Non
 
 
 def _scheme_from_object(entry: Mapping[str, Any], where: str, compute_dtype: str | None) -> Scheme:
-    known = ("format", "compute_dtype", "storage_dtype")
+    known = ("format", *_ENTRY_DTYPES)
     _check_names(entry, known, known, f"FewbitsConfig {where} key")
     spelling = entry.get("format")
     scheme = _scheme(spelling, where, compute_dtype) if isinstance(spelling, str) else None

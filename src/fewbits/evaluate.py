@@ -256,7 +256,7 @@ def _weights(model: nn.Module) -> dict[str, tuple[int, Callable[[], Tensor]]]:
                 found[prefix + weight] = (id(codes), partial(module.dequantize, weight))
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if name not in parts:
-                turned = is_transposed(type(module)) and parameter.dim() == 2
+                turned = is_transposed(getattr(module, "source_class", type(module))) and parameter.dim() == 2
                 found[prefix + name] = (id(parameter), partial(_as_stored, parameter, turned))
     return found
 

@@ -224,15 +224,20 @@ class Scheme:
 
     `activation` None decodes the weight and multiplies in `compute_dtype` (a torch dtype's name; None
     follows the input). `storage_dtype` is the dtype that the bytes of the codes are held as
-    (bitsandbytes' quant_storage). Spelled `nf4:g64`, `int8:row@int8:t6`; the dtypes are not part of it.
+    (bitsandbytes' quant_storage). `trainable`, for LLM.int8() only: the weight stays in its own dtype, to be
+    trained, and its codes are made from it for each product. Spelled `nf4:g64`, `int8:row@int8:t6`; the
+    dtypes and `trainable` are not part of it.
     """
 
     weight: Format
     activation: Activation | None = None
     compute_dtype: str | None = None
     storage_dtype: str = "uint8"
+    trainable: bool = False
 
     def __post_init__(self) -> None:
+        if self.trainable and not self.is_llm_int8:
+            raise ValueError(f"only LLM.int8() trains its weights, int8:row@int8:t6 for instance, not {self}")
         if self.activation is None or self.is_llm_int8:
             return
         if self.weight.codebook.bits > 4 or self.weight.offset or self.activation.threshold:

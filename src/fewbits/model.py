@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewbits import ops
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Format, Scheme
+from fewbits.int8_training import TrainableInt8Linear
 from fewbits.machine import give_back_free_memory
 from fewbits.nn import (
     QuantEmbedding,
@@ -57,6 +58,7 @@ def quantize_model(
         )
     decisions = decide(model, as_recipe(recipe).with_skips(default_skips(model)))
     tied = dict(tied_modules(model))
+    _place_trainable(model, decisions)
     for name, layer in _empty_layers(model, decisions):
         source = model.get_submodule(name)
         for weight in layer.weights():
@@ -97,6 +99,8 @@ def decide(model: nn.Module, recipe: Recipe) -> dict[str, Decision]:
                 decisions[name] = Decision(None, why)
             continue
         decisions[name] = Decision(rule.scheme, rule.reason)
+        if rule.scheme is not None and rule.scheme.trainable and not is_linear(module):
+            decisions[name] = Decision(None, "trained as it is: LLM.int8() trains linear layers only")
         if isinstance(module, nn.Embedding) and (problem := _embedding_problem(module)):
             decisions[name] = Decision(None, problem)
     for weights in _tied_weights(model):
@@ -105,7 +109,11 @@ def decide(model: nn.Module, recipe: Recipe) -> dict[str, Decision]:
 
 
 def place(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
-    """Swap the layers that are to be quantized for empty quantized ones on the meta device."""
+    """Swap the layers that are to be quantized for empty quantized ones on the meta device.
+
+    Those that are to be trained through LLM.int8() keep the weights that they have.
+    """
+    _place_trainable(model, decisions)
     for name, layer in _empty_layers(model, decisions):
         model.set_submodule(name, layer)
     setattr(model, KEPT_REASONS, kept_reasons(decisions))
@@ -154,6 +162,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantModule):
             model.set_submodule(name, to_float(layer, dtype, decoded))
+        elif isinstance(layer, TrainableInt8Linear):
+            model.set_submodule(name, layer.plain(dtype))
     if hasattr(model, KEPT_REASONS):
         delattr(model, KEPT_REASONS)
 
@@ -260,9 +270,20 @@ def is_linear(module: nn.Module) -> bool:
 # --- layers -----------------------------------------------------------------------------------------
 
 
+def _place_trainable(model: nn.Module, decisions: Mapping[str, Decision]) -> None:
+    for name, decision in decisions.items():
+        if decision.scheme is not None and decision.scheme.trainable:
+            layer = TrainableInt8Linear.of(model.get_submodule(name), decision.scheme)
+            model.set_submodule(name, layer)
+
+
 def _empty_layers(model: nn.Module, decisions: Mapping[str, Decision]) -> Iterator[tuple[str, QuantModule]]:
     """(name, quantized layer with the bias of the one it replaces and empty parts) of all to be quantized."""
-    chosen = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
+    chosen = {
+        name: decision.scheme
+        for name, decision in decisions.items()
+        if decision.scheme is not None and not decision.scheme.trainable
+    }
     # transformers takes the first floating parameter for the dtype of the model. Behind a quantized
     # embedding that would be a scale of the first layer, so scales are buffers then.
     embeds = any(isinstance(model.get_submodule(name), nn.Embedding) for name in chosen)
@@ -344,6 +365,8 @@ def _why_not(module: nn.Module) -> str | None:
     """Why a layer with large weights is no candidate, or None if it has none."""
     if isinstance(module, QuantModule):
         return None
+    if isinstance(module, TrainableInt8Linear):
+        return "its weight is trained; fewbits.int8_training.freeze comes before quantizing"
     if isinstance(module, nn.Linear | nn.Embedding):
         return f"{type(module).__name__} is a subclass that may compute something else"
     return None

@@ -71,13 +71,14 @@ class Recipe:
         return Recipe(tuple(Rule(rule["pattern"], _scheme(rule["scheme"]), rule["reason"]) for rule in rules))
 
 
-def _scheme_json(scheme: Scheme | None) -> dict[str, str | None] | None:
+def _scheme_json(scheme: Scheme | None) -> dict[str, str | bool | None] | None:
     if scheme is None:
         return None
     return {
         "format": str(scheme),
         "compute_dtype": scheme.compute_dtype,
         "storage_dtype": scheme.storage_dtype,
+        **({"trainable": True} if scheme.trainable else {}),
     }
 
 
@@ -85,7 +86,13 @@ def _scheme(value: Mapping[str, Any] | None) -> Scheme | None:
     if value is None:
         return None
     parsed = Scheme.parse(value["format"])
-    return Scheme(parsed.weight, parsed.activation, value["compute_dtype"], value["storage_dtype"])
+    return Scheme(
+        parsed.weight,
+        parsed.activation,
+        value["compute_dtype"],
+        value["storage_dtype"],
+        value.get("trainable", False),
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewbits.int8_training import TrainableInt8Linear
 from fewbits.nn import QuantModule
 
 KEPT_REASONS = "_fewbits_kept"  # attribute of a model: module name → why its weights were kept
@@ -118,6 +119,9 @@ def report(model: nn.Module) -> Report:
     for prefix, module in model.named_modules():
         quantized = _quantized_entries(prefix, module, seen) if isinstance(module, QuantModule) else []
         entries += quantized
+        if isinstance(module, TrainableInt8Linear) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            entries.append(_trainable(_join(prefix, "weight"), module))
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -170,6 +174,13 @@ def _quantized_entries(prefix: str, module: QuantModule, seen: set[int]) -> list
             )
         )
     return entries
+
+
+def _trainable(name: str, module: TrainableInt8Linear) -> Entry:
+    """A weight that is trained: stored as it is, and multiplied as codes that are made from it."""
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    stored = f"{dtype}, multiplied as {module.scheme}"
+    return Entry(name, tuple(module.matrix().shape), stored, module.weight.nbytes, True)
 
 
 def _kept(name: str, tensor: Tensor, module: nn.Module, told: Mapping[tuple[str, int], str]) -> Entry:

@@ -215,6 +215,7 @@ class TestRefused:
             ('{"quant_method": "gptq"}', "quant_method 'gptq'"),
             ('{"load_in_4bit": true, "load_in_5bit": true}', "load_in_5bit"),
             ('{"load_in_4bit": false}', "Set one of the two"),
+            ('{"load_in_8bit": true, "llm_int8_has_fp16_weight": true}', "leave it out for int8"),
         ],
     )
     def test_a_config_that_is_none(

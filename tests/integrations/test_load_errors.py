@@ -216,13 +216,6 @@ class TestBadFiles:
 
 
 class TestBadOptions:
-    def test_16_bit_weights_beside_int8(self, checkpoint: Checkpoint, load: Load) -> None:
-        for cls in (BitsAndBytesConfig, fewbits.BitsAndBytesConfig):
-            config = cls(load_in_8bit=True, llm_int8_has_fp16_weight=True)
-            with pytest.raises(ValueError, match="llm_int8_has_fp16_weight") as raised:
-                load(checkpoint("llama"), config)
-            assert "leave it out" in str(raised.value)
-
     def test_neither_4_nor_8_bits(self, checkpoint: Checkpoint, load: Load) -> None:
         for cls in (BitsAndBytesConfig, fewbits.BitsAndBytesConfig):
             with pytest.raises(ValueError, match="load_in_4bit"):

@@ -81,6 +81,8 @@ def plan(
     groups = _groups(folder, model)
     _check_ties(folder, model, groups)
     quantizer = FewbitsQuantizer(chosen, pre_quantized=False)
+    if quantizer.is_qat_trainable:
+        raise ValueError("llm_int8_has_fp16_weight=True keeps weights as they are; leave it out for int8")
     quantizer._process_model_before_weight_loading(model)
     keep_codes_together(model)
     units = tuple(_units(folder, model, quantizer, groups))

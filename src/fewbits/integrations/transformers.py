@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig as Transfo
 from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
+from fewbits.int8_training import TrainableInt8Linear
 from fewbits.integrations import owns_bitsandbytes
 from fewbits.machine import give_back_free_memory
 from fewbits.model import Decision
@@ -74,6 +76,12 @@ class FewbitsQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves are trained; Trainer asks for adapters otherwise."""
+        config = self.quantization_config
+        return self.in_bitsandbytes_files and config.load_in_8bit and config.llm_int8_has_fp16_weight
 
     @property
     def is_compileable(self) -> bool:
@@ -148,6 +156,7 @@ class FewbitsQuantizer(HfQuantizer):
         if self.pre_quantized and not self.in_bitsandbytes_files:
             _check_sizes(model, keys)
         self._state_skips(decisions)
+        self._state_training(decisions)
         fits = all(isinstance(layer, QuantLinear) for _, layer in _quantized(model))
         if self.in_bitsandbytes_files and not self.pre_quantized and not fits:
             self._leave_bitsandbytes_files(model)
@@ -162,6 +171,13 @@ class FewbitsQuantizer(HfQuantizer):
         kept = [name for name, one in decisions.items() if one.scheme is None and not covered.named(name)]
         self.quantization_config = copy.copy(config)
         self.quantization_config.llm_int8_skip_modules = [*given, *kept]
+
+    def _state_training(self, decisions: Mapping[str, Decision]) -> None:
+        """A checkpoint of frozen int8 weights trains none, whatever its config says."""
+        trained = any(one.scheme is not None and one.scheme.trainable for one in decisions.values())
+        if self.is_qat_trainable and not trained:
+            self.quantization_config = copy.copy(self.quantization_config)
+            self.quantization_config.llm_int8_has_fp16_weight = False
 
     def _skips(self, model: Any, device_map: Any) -> dict[str, str]:
         skips = placing.default_skips(model)
@@ -181,6 +197,8 @@ class FewbitsQuantizer(HfQuantizer):
     ) -> dict[str, Decision]:
         """Decisions corrected by the headers of the checkpoint: a weight is quantized if it is stored so.
 
+        A weight that is to be trained is frozen if it is stored as int8.
+
         ValueError for codes without scales.
         """
         marks = schema.MARKS if self.in_bitsandbytes_files else ("_scale", "_scale_codes")
@@ -191,13 +209,15 @@ class FewbitsQuantizer(HfQuantizer):
         for name, decision in decisions.items():
             names = _names_in_files(name, model.base_model_prefix)
             scheme = self.recipe.match(name).scheme or default
-            if decision.scheme is None and stored.intersection(names) and scheme is not None:
-                result[name] = Decision(scheme, "stored so in the checkpoint")
-            elif decision.scheme is not None and not stored.intersection(names):
+            if stored.intersection(names):
+                if scheme is not None and (decision.scheme is None or scheme.trainable):
+                    result[name] = Decision(replace(scheme, trainable=False), "stored so in the checkpoint")
+            elif decision.scheme is not None:
                 if any(keys.get(f"{one}.weight", ("", ()))[0] in ("U8", "I8") for one in names):
                     raise ValueError(f"{name}: the checkpoint has codes but no scales; it is incomplete")
                 prefixes = tuple(f"{one}." for one in names)  # experts may be stored one by one
-                if plain.intersection(names) or any(layer.startswith(prefixes) for layer in plain):
+                is_plain = plain.intersection(names) or any(layer.startswith(prefixes) for layer in plain)
+                if is_plain and not decision.scheme.trainable:
                     result[name] = Decision(None, "stored so in the checkpoint")
         return result
 
@@ -301,6 +321,9 @@ class FewbitsQuantizer(HfQuantizer):
             return None, {}
         from accelerate.utils import align_module_device
 
+        from fewbits.integrations.conversion import keep_codes_together
+
+        keep_codes_together(model)  # layers may have been frozen since it was loaded
         state: dict[str, Tensor] = model.state_dict()
         for name, layer in _quantized(model):
             if isinstance(layer, QuantLinear):
@@ -323,7 +346,9 @@ class FewbitsQuantizer(HfQuantizer):
 
         # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
         target: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        hooks = {name: layer._hf_hook for name, layer in _quantized(model) if hasattr(layer, "_hf_hook")}
+        ours = (QuantModule, TrainableInt8Linear)
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, ours)]
+        hooks = {name: layer._hf_hook for name, layer in layers if hasattr(layer, "_hf_hook")}
         if any(getattr(hook, "offload", False) for hook in hooks.values()):
             raise ValueError(
                 "cannot dequantize a model with offloaded layers; load it with device_map='cpu' first"
@@ -342,11 +367,6 @@ class FewbitsQuantizer(HfQuantizer):
 def _recipe(config: Any) -> Recipe:
     if isinstance(config, FewbitsConfig):
         return config.to_recipe()
-    if config.llm_int8_has_fp16_weight and config.load_in_8bit:
-        raise ValueError(
-            "llm_int8_has_fp16_weight=True (training with 16-bit weights) is not supported; leave it out to "
-            "load int8 weights, or load the model without quantization_config to train all of it"
-        )
     options = config.to_dict()
     return BitsAndBytesConfig.from_dict(options).to_recipe()  # type: ignore[no-any-return]
 

@@ -6,6 +6,7 @@ bitsandbytes package is not installed or after `enable(takeover=True)`, every `B
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fewbits import distributed as distributed
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Format, Scheme
 from fewbits.integrations import enable

@@ -212,8 +212,7 @@ def share(model: nn.Module, target: str, source: str) -> None:
     """Let the quantized layer `target` use the parts of `source`, to which it is tied."""
     one, other = model.get_submodule(target), model.get_submodule(source)
     if isinstance(one, QuantModule) and isinstance(other, QuantModule):
-        for name in one.part_names("weight").values():
-            setattr(one, name, getattr(other, name))
+        one.share(other)
 
 
 def tied_modules(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -351,6 +350,9 @@ def _revive(layer: QuantModule) -> nn.Module:
         "_spelling",
         "_names",
         "_terms",
+        "_layouts",
+        "held",
+        "_fixed",
     }
     plain.__dict__.update({name: value for name, value in vars(layer).items() if name not in own})
     for name, child in layer.named_children():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits import machine, ops
+from fewbits import columns, machine, ops
 from fewbits.format import Part, Scheme
 from fewbits.tensor import DTYPES, QuantizedTensor
 
@@ -37,6 +37,7 @@ class QuantModule(nn.Module, ABC):
     source_class     the class of the layer that this one replaced
     relative_errors  per weight, ‖W - decode(W)‖ / ‖W‖, where it was quantized here and not loaded
     notes            per weight, what happened to it since, for the report
+    held             the dtype that all parts are held as, bit by bit, or None (`hold`)
     is_stack         parts have a leading dimension: one quantized tensor per expert
     """
 
@@ -57,13 +58,14 @@ class QuantModule(nn.Module, ABC):
         self.source_class, self.relative_errors, self._scales = source_class, {}, scales
         self.notes = {}
         self._weights = weights
+        self.held: torch.dtype | None = None
         self._set_scheme(scheme)
 
     def _set_scheme(self, scheme: Scheme) -> None:
         # What every forward needs, worked out once.
         self.scheme, self._spelling = scheme, str(scheme)
         self._names: dict[str, dict[str, str]] = {}
-        self._codes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._layouts: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {}
         self._fixed = _NOTHING_FIXED
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class QuantModule(nn.Module, ABC):
         if weight not in self._names:
             parts = self.scheme.weight.parts(self.weights()[weight][0])
             self._names[weight] = {part.name: self._attribute(weight, part.name) for part in parts}
-            self._codes[weight] = (parts[0].shape, DTYPES[parts[0].dtype])
+            self._layouts[weight] = [(part.shape, DTYPES[part.dtype]) for part in parts]
         return self._names[weight]
 
     def matrices(self, value: Tensor) -> Sequence[Tensor]:
@@ -104,6 +106,32 @@ class QuantModule(nn.Module, ABC):
         """Take over what `stored` returned."""
         for attribute, tensor in tensors.items():
             self._register(attribute, tensor)
+
+    def unheld(self) -> dict[str, Tensor]:
+        """Attribute → tensor of all parts, as they are where nothing is held as another dtype."""
+        found: dict[str, Tensor] = {}
+        for weight in self.weights():
+            codes, *rest = self._parts(weight)
+            found |= zip(self.part_names(weight).values(), (self.to_storage(codes), *rest), strict=True)
+        return found
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Hold all parts as frozen parameters of `dtype`, their bytes in a column; None: as before that.
+
+        For sharding, see `fewbits.distributed`. The bytes, and what the layer computes, stay the same.
+        """
+        tensors = self.unheld()
+        self.held, self._fixed = dtype, _NOTHING_FIXED
+        self.store(tensors)
+
+    def share(self, other: QuantModule) -> None:
+        """Use the parts of `other`, to which this layer is tied."""
+        self.held, self._fixed = other.held, _NOTHING_FIXED
+        for name in self.part_names("weight").values():
+            tensor = getattr(other, name)
+            if isinstance(tensor, nn.Parameter):
+                self._buffers.pop(name, None)
+            setattr(self, name, tensor)
 
     def use_huge_pages(self) -> int:
         """Move large codes on the CPU to memory that is read faster (`machine.huge_pages`); bytes moved."""
@@ -134,7 +162,9 @@ class QuantModule(nn.Module, ABC):
         self._parameters.pop(attribute, None)
         self._buffers.pop(attribute, None)
         codes = [self._attribute(weight, "codes") for weight in self.weights()]
-        if self._scales == "parameters" or attribute in codes:
+        if self.held is not None:
+            tensor = columns.as_column(tensor, self.held, stack=self.is_stack)
+        if self._scales == "parameters" or attribute in codes or self.held is not None:
             self.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
         else:
             self.register_buffer(attribute, tensor, persistent=self._scales == "buffers")
@@ -158,10 +188,20 @@ class QuantModule(nn.Module, ABC):
             )
 
     def _parts(self, weight: str = "weight") -> list[Tensor]:
-        tensors = [getattr(self, name) for name in self.part_names(weight).values()]
-        shape, dtype = self._codes[weight]
-        tensors[0] = tensors[0].view(-1).view(dtype).view(shape)
-        return tensors
+        parts: list[Tensor] = []
+        storage = self.held
+        if storage is None and not self.is_stack and self.scheme.storage_dtype != "uint8":
+            storage = getattr(torch, self.scheme.storage_dtype)
+        for part, name in self.part_names(weight).items():
+            tensor, (shape, dtype) = getattr(self, name), self._layouts[weight][len(parts)]
+            in_column = self.held is not None or (part == "codes" and not self.is_stack)
+            kept = (storage or dtype) if in_column else dtype
+            if tensor.dtype != kept or hasattr(tensor, "full_tensor"):
+                raise ValueError(columns.explain(tensor, kept, f"{name} of {self}"))
+            if in_column:
+                tensor = columns.from_column(tensor, shape, dtype, stack=self.is_stack)
+            parts.append(tensor)
+        return parts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         names = (name for weight in self.weights() for name in self.part_names(weight).values())
@@ -269,6 +309,8 @@ class QuantLinear(QuantMatrix, nn.Linear):
             return None
         parameters, buffers = self._parameters, self._buffers
         tensors = [parameters.get(name, buffers.get(name)) for name in self.part_names("weight").values()]
+        if any(tensor is None for tensor in tensors):  # FSDP1 has views of a flat parameter in their place
+            return None
         tensors.append(self.bias)
         # The addresses say whether the parts are still the ones that `_fixed` was made for.
         places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
@@ -359,9 +401,6 @@ class QuantExperts(QuantModule):
 
     def to_storage(self, codes: Tensor) -> Tensor:
         return codes
-
-    def _parts(self, weight: str = "weight") -> list[Tensor]:
-        return [getattr(self, name) for name in self.part_names(weight).values()]
 
     def quantized_weight(self, weight: str, expert: int) -> QuantizedTensor:
         """The weight [out, in] of one expert; shares memory with this layer."""

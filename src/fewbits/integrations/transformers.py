@@ -19,6 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 
+from fewbits import distributed
 from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
@@ -289,6 +290,8 @@ class FewbitsQuantizer(HfQuantizer):
             self.count(layer.use_huge_pages())
         for target, source in placing.tied_modules(model):
             placing.share(model, target, source)
+        if distributed.prepare_loaded(model, model.dtype):
+            logger.info("one of several processes: codes and scales are held ready to be sharded")
         give_back_free_memory()
         logger.info("%s", report(model).summary)
         return model
@@ -316,9 +319,9 @@ class FewbitsQuantizer(HfQuantizer):
     # --- saving and undoing -------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict under the names of the bitsandbytes schema, if the model is in that."""
+        """The state dict as files have it: names of the bitsandbytes schema, parts in their own dtypes."""
         if not self.in_bitsandbytes_files:
-            return None, {}
+            return distributed.unheld_state(model), {}
         from accelerate.utils import align_module_device
 
         from fewbits.integrations.conversion import keep_codes_together

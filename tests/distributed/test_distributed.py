@@ -36,10 +36,8 @@ def in_two_processes(*arguments: object) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(
-        output[-8000:] for output in outputs
-    )
-    print(outputs[0])
+    failures = [output[max(output.find("--- "), 0) :][:6000] for output in outputs]  # the first says most
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(failures)
 
 
 def test_in_two_processes(tmp_path):

@@ -48,6 +48,7 @@ def slow_check_trainer_in_every_storage(folder: Path) -> None:
         (
             BitsAndBytesConfig(**NF4, bnb_4bit_quant_storage="float32"),
             fewbits.FewbitsConfig("int4:g32:f16:zero"),
+            fewbits.FewbitsConfig("nf4:g64:dq", modules={"embed_tokens": "int8", "lm_head": "int8"}),
             BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
         )
     ):

@@ -171,7 +171,7 @@ def copy_of(model: Any) -> Any:
 def main() -> None:
     folder, kind, *modules = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group(timeout=timedelta(seconds=60))
+    dist.init_process_group(timeout=timedelta(seconds=120))
     failed = False
     for module in modules:
         for name, check in vars(importlib.import_module(module)).items():

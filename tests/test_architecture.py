@@ -24,6 +24,7 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn", "algorithms"),
+    ("experts",),
     ("recipe", "int8_training"),
     ("config", "report"),
     ("planner", "model", "checkpoint", "evaluate", "training"),

@@ -13,8 +13,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import fewbits
 from fewbits import columns, distributed
 from fewbits.config import FewbitsConfig
+from fewbits.experts import QuantExperts
 from fewbits.model import dequantize_model, fill, quantize_model
-from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear
+from fewbits.nn import QuantEmbedding, QuantLinear
 from fewbits.report import report
 
 FORMATS = [

@@ -15,9 +15,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fewbits import backends, machine, reference
 from fewbits.config import FewbitsConfig
+from fewbits.experts import QuantExperts
 from fewbits.format import Scheme
 from fewbits.model import quantize_model
-from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear
+from fewbits.nn import QuantEmbedding, QuantLinear
 from fewbits.recipe import Recipe, Rule
 
 FORMATS = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbits import ops
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
+from fewbits.experts import expert_shapes, experts_class
 from fewbits.format import Format, Scheme
 from fewbits.int8_training import TrainableInt8Linear
 from fewbits.machine import give_back_free_memory
@@ -22,8 +23,6 @@ from fewbits.nn import (
     QuantEmbedding,
     QuantLinear,
     QuantModule,
-    expert_shapes,
-    experts_class,
     is_transposed,
 )
 from fewbits.recipe import Recipe

@@ -20,8 +20,8 @@ from fewbits.checkpoint.folder import Folder, open_folder
 from fewbits.checkpoint.safetensors import ELEMENT_BITS, CheckpointError, layout
 from fewbits.checkpoint.stored import StoredWeight, read_weight, stored_weights
 from fewbits.config import FewbitsConfig
+from fewbits.experts import QuantExperts
 from fewbits.model import quantize_model
-from fewbits.nn import QuantExperts
 
 from .conftest import Model, found_in, own, write
 

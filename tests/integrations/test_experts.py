@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 import fewbits
-from fewbits.nn import QuantExperts, QuantModule
+from fewbits.experts import QuantExperts
+from fewbits.nn import QuantModule
 
 Checkpoint = Callable[..., Path]
 Load = Callable[..., Any]

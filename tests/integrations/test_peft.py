@@ -483,6 +483,15 @@ def test_a_broken_adapter_over_experts_is_not_merged(model_of: Callable[..., Any
             layer.merge(safe_merge=safe)
         assert same(before, bits(adapted))
         assert layer.merged_adapters == []
+    adapted.add_adapter("good", on_experts("mixtral"))
+    with torch.no_grad():
+        layer.lora_B["good"].weight.normal_()
+    layer.merge(adapter_names=["good"])
+    merged = bits(adapted)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default"])
+    assert same(merged, bits(adapted))
+    assert layer.merged_adapters == ["good"]
 
 
 # --- LoftQ ------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from fewbits import machine
 from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
-from fewbits.nn import QuantExperts, QuantLinear, QuantModule
+from fewbits.experts import QuantExperts
+from fewbits.nn import QuantLinear, QuantModule
 
 _WORTH_FORGETTING = 2**20
 """Bytes of a weight whose pages are given back when it is quantized."""

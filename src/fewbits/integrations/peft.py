@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from fewbits import ops, training
 from fewbits.algorithms.loftq import loftq
 from fewbits.checkpoint.folder import open_folder
+from fewbits.experts import QuantExperts
 from fewbits.integrations.peft_experts import ParamWrapper
-from fewbits.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, QuantModule
+from fewbits.nn import QuantEmbedding, QuantLinear, QuantMatrix, QuantModule
 from fewbits.tensor import QuantizedTensor
 
 _COMPUTE_WITH_WEIGHTS = ("hra", "loha", "lokr")

@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from fewbits import ops
-from fewbits.nn import QuantExperts
+from fewbits.experts import QuantExperts
+from fewbits.tensor import QuantizedTensor
 
 
 class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
@@ -30,7 +31,7 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         layer = self._experts()
         (out_features, in_features), dtype = layer.weights()[self.parameter_name]
         sizes = (in_features, out_features) if layer.transposed else (out_features, in_features)
-        device = next(iter(self._parts().values())).device
+        device = getattr(layer, layer.part_names(self.parameter_name)["codes"]).device
         return torch.empty((), dtype=dtype, device=device).expand(layer.count, *sizes)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -39,23 +40,24 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         if not names:
             return
         layer, weight = self._experts(), self.parameter_name
-        first = self._first or {name: part.detach().clone() for name, part in self._parts().items()}
+        first = self._first or {name: layer.unheld()[name] for name in layer.part_names(weight).values()}
         every = [*self.merged_adapters, *names]
         terms = [self._term(name) for name in every]
-        self._set(first)
+        shape, format = layer.weights()[weight][0], layer.scheme.weight
         found, lost, changed, whole = [], 0.0, 0.0, 0.0
         for expert in range(layer.count):
-            before = layer.quantized_weight(weight, expert).dequantize(torch.float32)
+            parts = [part[expert] for part in first.values()]
+            before = QuantizedTensor.from_parts(parts, format, shape).dequantize(torch.float32)
             value = before + sum((b[expert] @ a[expert]).float() for a, b in terms)
             if safe_merge and not torch.isfinite(value).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights of expert {expert} for {', '.join(every)}"
                 )
-            found.append(ops.quantize(value, layer.scheme.weight, name=f"{weight}[{expert}]"))
+            found.append(ops.quantize(value, format, name=f"{weight}[{expert}]"))
             lost += float((value - found[-1].dequantize(torch.float32)).square().sum())
             changed += float((value - before).square().sum())
             whole += float(value.square().sum())
-        self._set(layer.stored(weight, found))
+        layer.store(layer.stored(weight, found))
         self._first, self.merged_adapters = first, every
         error = math.sqrt(lost / whole) if whole else 0.0
         added = f", {math.sqrt(lost / changed):.3g} of the change" if changed else ""
@@ -67,7 +69,7 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         if self._first is None:
             super().unmerge()  # says that nothing is merged
             return
-        self._set(self._first)
+        self._experts().store(self._first)
         self._experts().notes.pop(self.parameter_name, None)
         self.merged_adapters.clear()
         self._first = None
@@ -88,12 +90,3 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         layer: Any = self.get_base_layer()
         assert isinstance(layer, QuantExperts)
         return layer
-
-    def _parts(self) -> dict[str, Tensor]:
-        layer = self._experts()
-        return {name: getattr(layer, name) for name in layer.part_names(self.parameter_name).values()}
-
-    def _set(self, parts: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, part in self._parts().items():
-                part.copy_(parts[name])

@@ -21,8 +21,9 @@ from fewbits import columns, machine, ops
 from fewbits.format import Part, Scheme
 from fewbits.tensor import DTYPES, QuantizedTensor
 
-# The product with a weight as it is now (`ops.fixed_linear`), and the addresses that it holds for.
-_Fixed = tuple[tuple[int, ...], Callable[[Tensor], Tensor | None] | None]
+# The product with a weight as it is now (`ops.fixed_linear`), and the addresses that it holds for, behind the
+# dtype of the bias.
+_Fixed = tuple[tuple[object, ...], Callable[[Tensor], Tensor | None] | None]
 _NOTHING_FIXED: _Fixed = ((), None)
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -131,6 +132,10 @@ class QuantModule(nn.Module, ABC):
             if isinstance(tensor, nn.Parameter):
                 self._buffers.pop(name, None)
             setattr(self, name, tensor)
+
+    def borrows(self, attribute: str) -> bool:
+        """Whether a tensor of this layer is that of the layer it is tied to."""
+        return self._scales == "shared" and attribute in self._buffers
 
     def use_huge_pages(self) -> int:
         """Move large codes on the CPU to memory that is read faster (`machine.huge_pages`); bytes moved."""
@@ -311,8 +316,12 @@ class QuantLinear(QuantMatrix, nn.Linear):
         if any(tensor is None for tensor in tensors):  # FSDP1 has views of a flat parameter in their place
             return None
         tensors.append(self.bias)
-        # The addresses say whether the parts are still the ones that `_fixed` was made for.
-        places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        # The addresses say whether the parts are still the ones that `_fixed` was made for. Others may have
+        # come to the same place, which is as good, but for a bias of another dtype.
+        places = (
+            getattr(self.bias, "dtype", None),
+            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        )
         if places != self._fixed[0]:
             self._fixed = (places, ops.fixed_linear(self.quantized_weight(), self.bias, self.scheme))
         fixed = self._fixed[1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewbits.int8_training import TrainableInt8Linear
 from fewbits.nn import QuantModule
 
-KEPT_REASONS = "_fewbits_kept"  # attribute of a model: module name → why its weights were kept
+KEPT_REASONS = "_fewbits_kept"  # attribute of a model: name of a module or a weight → why it was kept
 _ADAPTER = "an adapter"
 NOTES = "_fewbits_notes"  # attribute of a model: parameter name → what happened to it since
 
@@ -130,7 +130,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _told(model: nn.Module) -> dict[tuple[str, int], str]:
-    """("kept", identity of a module) → why; ("note", identity of a parameter) → what happened to it.
+    """("kept", identity of a module or parameter) → why; ("note", of a parameter) → what happened to it.
 
     The model that was quantized may be deep inside `model` by now, and its layers inside those of an adapter.
     """
@@ -143,6 +143,8 @@ def _told(model: nn.Module) -> dict[tuple[str, int], str]:
             if (reason := reasons.get(_original(name))) is not None:
                 told["kept", id(module)] = reason
         for name, parameter in root.named_parameters():
+            if (reason := reasons.get(_original(name))) is not None:
+                told["kept", id(parameter)] = reason
             if (note := notes.get(_original(name))) is not None:
                 told["note", id(parameter)] = note
     return told
@@ -186,7 +188,10 @@ def _trainable(name: str, module: TrainableInt8Linear) -> Entry:
 def _kept(name: str, tensor: Tensor, module: nn.Module, told: Mapping[tuple[str, int], str]) -> Entry:
     dtype = str(tensor.dtype).removeprefix("torch.")
     reason = told.get(("kept", id(module)))
-    if tensor.dim() < 2:
+    own = told.get(("kept", id(tensor)))  # says more
+    if own is not None:
+        reason = own
+    elif tensor.dim() < 2:
         reason = f"{tensor.dim()}-dimensional"
     elif name.endswith("bias"):
         reason = "bias"

@@ -7,7 +7,6 @@ and, when fewbits owns the `bitsandbytes` entries, transformers' own `BitsAndByt
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig as TransformersBitsAndBytesConfig
@@ -24,7 +24,7 @@ from fewbits import model as placing
 from fewbits.checkpoint import bitsandbytes as schema
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.int8_training import TrainableInt8Linear
-from fewbits.integrations import owns_bitsandbytes
+from fewbits.integrations import owns_bitsandbytes, placement
 from fewbits.machine import give_back_free_memory
 from fewbits.model import Decision
 from fewbits.nn import QuantEmbedding, QuantLinear, QuantModule
@@ -68,6 +68,11 @@ class FewbitsQuantizer(HfQuantizer):
         self.recipe = _recipe(quantization_config)
         self.failure: Exception | None = None  # of the first weight that could not be converted
         self._since_trim = 0
+        self._wants_float32 = bool(getattr(quantization_config, placement.FLAG, False))
+        self._float32: placement.Float32Offload | None = None  # until the device map is known
+        self._in_float32: set[str] = set()  # modules that are, because the device map offloads them
+        self._casts: list[RemovableHandle] = []  # hooks between these and the rest
+        self._max_memory: dict[Any, Any] = {}
 
     # --- what transformers asks before loading ------------------------------------------------------
 
@@ -89,20 +94,14 @@ class FewbitsQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot work with layers on the disk."""
-        if not isinstance(device_map, dict) or "disk" not in device_map.values():
+        """Refuse what cannot work from the disk; called for a given map, and again for an inferred one."""
+        if not isinstance(device_map, dict):
             return
-        if not self.pre_quantized:
-            raise ValueError(
-                "the device map puts layers on the disk, but quantizing while loading would leave their "
-                "unquantized weights there. Quantize once with device_map='cpu' and save_pretrained, then "
-                "load that folder with this device map"
-            )
-        if not self.in_bitsandbytes_files and _disk_casts():
-            raise ValueError(
-                "this transformers casts what it keeps on the disk to the dtype of the model, which would "
-                "change scales; upgrade transformers, or use a device map without 'disk'"
-            )
+        if self._float32 is not None:
+            self._float32.settle(device_map, self._max_memory, self)
+            self._finish_float32()
+        mixes_dtypes = self._wants_float32 or not self.in_bitsandbytes_files
+        placement.check_disk(device_map, not self.pre_quantized and not self._wants_float32, mixes_dtypes)
 
     def update_device_map(self, device_map: Any) -> Any:
         """No map: all on the current accelerator, or else on the CPU."""
@@ -115,11 +114,14 @@ class FewbitsQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Leave a tenth of every device for the weights that are just being quantized."""
-        return {device: size * 0.9 for device, size in max_memory.items()}
+        self._max_memory = {device: size * 0.9 for device, size in max_memory.items()}
+        return dict(self._max_memory)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element; of a weight that waits to be quantized, those of the codes it will become."""
         layer, weight = _layer(model, param_name)
+        if isinstance(layer, QuantModule) and layer.borrows(weight):
+            return 0  # counted where it comes from
         if self.pre_quantized or not isinstance(layer, QuantModule) or weight not in layer.weights():
             return param.element_size()
         if layer.is_stack:  # its codes are there already, under another name
@@ -142,36 +144,54 @@ class FewbitsQuantizer(HfQuantizer):
         keys = _header_keys(model, checkpoint_files or ())
         if self.pre_quantized and any(".experts.0." in key for key in keys):  # a layer for each expert
             super()._convert_model_for_quantization(model)
-        recipe = self.recipe.with_skips(self._skips(model, device_map))
+        recipe = self.recipe.with_skips(placing.default_skips(model))
         decisions = placing.decide(model, recipe)
         if keys and self.pre_quantized:
             decisions = self._as_stored(model, decisions, keys)
         if keys:
             decisions = _without_absent(model, decisions, keys)
+        originals = {name: model.get_submodule(name) for name, one in decisions.items() if one.scheme}
         placing.place(model, decisions)
         for _, layer in _quantized(model):
-            flagged: Any = layer
-            flagged._is_hf_initialized = True  # transformers must not draw random codes
+            for one in (layer, *layer.parameters(recurse=False)):
+                flagged: Any = one
+                flagged._is_hf_initialized = True  # transformers must not draw random codes
             if not self.pre_quantized:
                 self._await_weights(layer)
         if self.pre_quantized and not self.in_bitsandbytes_files:
             _check_sizes(model, keys)
-        self._state_skips(decisions)
+        self._state_skips(getattr(model, KEPT_REASONS))
         self._state_training(decisions)
         fits = all(isinstance(layer, QuantLinear) for _, layer in _quantized(model))
         if self.in_bitsandbytes_files and not self.pre_quantized and not fits:
             self._leave_bitsandbytes_files(model)
+        if self._wants_float32 and device_map is not None:
+            # A layer that is stored quantized has no other weights to go back to.
+            self._float32 = placement.Float32Offload(model, {} if self.pre_quantized else originals)
+            if isinstance(device_map, dict):
+                self._float32.extend(device_map)
+                self._finish_float32()
 
-    def _state_skips(self, decisions: Mapping[str, Decision]) -> None:
-        """A given skip list adds to the defaults here, but replaces them in bitsandbytes: state all of it."""
+    def _finish_float32(self) -> None:
+        assert self._float32 is not None
+        kept = [name for name in self._float32.originals if name in self._float32.reasons]
+        if kept:
+            self._state_skips([*getattr(self._float32.model, KEPT_REASONS), *kept], given=True)
+        self._in_float32, self._casts = set(self._float32.reasons), self._float32.finish()
+        self._float32 = None  # it holds the model
+
+    def _state_skips(self, kept: Iterable[str], given: bool = False) -> None:
+        """A skip list adds to the defaults here, but replaces them in bitsandbytes: state all, if any."""
         config: Any = self.quantization_config
-        if not self.in_bitsandbytes_files or config.llm_int8_skip_modules is None:
+        if not self.in_bitsandbytes_files or (config.llm_int8_skip_modules is None and not given):
             return
-        given = config.llm_int8_skip_modules
-        covered = Recipe(tuple(Rule(pattern, None, "") for pattern in given))
-        kept = [name for name, one in decisions.items() if one.scheme is None and not covered.named(name)]
+        skips = config.llm_int8_skip_modules or []
+        covered = Recipe(tuple(Rule(pattern, None, "") for pattern in skips))
         self.quantization_config = copy.copy(config)
-        self.quantization_config.llm_int8_skip_modules = [*given, *kept]
+        self.quantization_config.llm_int8_skip_modules = [
+            *skips,
+            *(name for name in kept if not covered.named(name)),
+        ]
 
     def _state_training(self, decisions: Mapping[str, Decision]) -> None:
         """A checkpoint of frozen int8 weights trains none, whatever its config says."""
@@ -179,16 +199,6 @@ class FewbitsQuantizer(HfQuantizer):
         if self.is_qat_trainable and not trained:
             self.quantization_config = copy.copy(self.quantization_config)
             self.quantization_config.llm_int8_has_fp16_weight = False
-
-    def _skips(self, model: Any, device_map: Any) -> dict[str, str]:
-        skips = placing.default_skips(model)
-        offload = getattr(self.quantization_config, "llm_int8_enable_fp32_cpu_offload", False)
-        if offload and isinstance(device_map, dict):
-            places = {name: place for name, place in device_map.items() if str(place) in ("cpu", "disk")}
-            if len(places) < len(device_map):
-                reason = "on the {} with llm_int8_enable_fp32_cpu_offload"
-                skips |= {name: reason.format(place) for name, place in places.items()}
-        return skips
 
     def _convert_model_for_quantization(self, model: Any) -> None:
         """Not before the headers of the checkpoint say how it stores experts."""
@@ -288,10 +298,10 @@ class FewbitsQuantizer(HfQuantizer):
                 for attribute in layer.part_names(weight).values():
                     getattr(layer, attribute).requires_grad_(False)
             self.count(layer.use_huge_pages())
-        for target, source in placing.tied_modules(model):
-            placing.share(model, target, source)
+        placement.share_scales(model)
         if distributed.prepare_loaded(model, model.dtype):
             logger.info("one of several processes: codes and scales are held ready to be sharded")
+        placement.keep_on_cpu(model)
         give_back_free_memory()
         logger.info("%s", report(model).summary)
         return model
@@ -320,14 +330,17 @@ class FewbitsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The state dict as files have it: names of the bitsandbytes schema, parts in their own dtypes."""
-        if not self.in_bitsandbytes_files:
-            return distributed.unheld_state(model), {}
         from accelerate.utils import align_module_device
 
         from fewbits.integrations.conversion import keep_codes_together
 
         keep_codes_together(model)  # layers may have been frozen since it was loaded
-        state: dict[str, Tensor] = model.state_dict()
+        state: dict[str, Tensor] = distributed.unheld_state(model) or model.state_dict()
+        for target, source in model.all_tied_weights_keys.items():
+            if source in state and target in state and state[target].is_meta:
+                del state[target]  # offloaded after a forward, where tied tensors are no longer one
+        if not self.in_bitsandbytes_files:
+            return state, {}
         for name, layer in _quantized(model):
             if isinstance(layer, QuantLinear):
                 for attribute in layer.part_names("weight").values():
@@ -339,8 +352,10 @@ class FewbitsQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Give plain layers back in `dtype`; None: that of the rest of the model, also after a cast."""
-        quantized = {id(tensor) for _, layer in _quantized(model) for tensor in layer.parameters()}
-        rest = (tensor for tensor in model.parameters() if id(tensor) not in quantized)
+        apart = [layer for _, layer in _quantized(model)]
+        apart += [model.get_submodule(name) for name in self._in_float32]
+        others = {id(tensor) for module in apart for tensor in module.parameters(recurse=False)}
+        rest = (tensor for tensor in model.parameters() if id(tensor) not in others)
         own = next((tensor.dtype for tensor in rest if tensor.is_floating_point()), model.config.dtype)
         return super().dequantize(model, own if dtype is None else dtype)
 
@@ -361,6 +376,7 @@ class FewbitsQuantizer(HfQuantizer):
         placing.dequantize_model(model, target)
         for name, hook in hooks.items():
             add_hook_to_module(model.get_submodule(name), hook)
+        placement.end_float32([model.get_submodule(name) for name in self._in_float32], self._casts, target)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 del module.config._is_quantized
@@ -382,13 +398,6 @@ def _layer(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """(module, attribute) of a parameter name."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
-
-
-def _disk_casts() -> bool:
-    """Whether this transformers offloads all tensors in one dtype, as it did at first."""
-    from transformers.integrations.accelerate import accelerate_disk_offload
-
-    return "dtype" in inspect.signature(accelerate_disk_offload).parameters
 
 
 def _layer_of(key: str) -> str:

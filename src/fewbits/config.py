@@ -138,8 +138,8 @@ class BitsAndBytesConfig(_Config):
         llm_int8_threshold: LLM.int8() multiplies the input features that hold a magnitude of at least this
             in floating point; in units of the input, 0.0 for none.
         llm_int8_skip_modules: name patterns of the modules to keep as they are, for 4 bits as well.
-        llm_int8_enable_fp32_cpu_offload: modules that a device map puts on the CPU or the disk stay
-            unquantized.
+        llm_int8_enable_fp32_cpu_offload: modules that a device map offloads, to the disk or to the CPU
+            beside an accelerator, stay in float32, and are computed so.
         llm_int8_has_fp16_weight: weights stay as they are, to be trained; int8 codes are made for products.
         bnb_4bit_compute_dtype: dtype that 4-bit weights are decoded and multiplied in; None: float32.
         bnb_4bit_quant_type: 16 values of the 4-bit codes, "fp4" or "nf4" (QLoRA's NormalFloat).

@@ -99,6 +99,45 @@ def _name(device_map: dict[str, str]) -> str:
     return "layer" if device_map is LAYER else "edges" if device_map is EDGES else "one"
 
 
+def _second_layers_on_the_disk(model: nn.Module, prefix: str = "") -> dict[str, str]:
+    """A map with an entry for every module that holds none of them, and for parameters beside them."""
+    places = {}
+    for name, module in model.named_children():
+        path = f"{prefix}{name}"
+        below = {one for one, other in module.named_modules() if isinstance(other, nn.ModuleList)}
+        if isinstance(module, nn.ModuleList) and len(module) == 2:
+            places |= {f"{path}.0": "cpu", f"{path}.1": "disk"}
+        elif below:
+            places |= _second_layers_on_the_disk(module, f"{path}.")
+            places |= {f"{path}.{one}": "cpu" for one, _ in module.named_parameters(recurse=False)}
+        else:
+            places[path] = "cpu"
+    return places
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "t5", "mixtral", "gpt_oss", "qwen2_moe"])
+def test_other_architectures(
+    kind: str, checkpoint: Checkpoint, load: Load, run: Run, new_model: NewModel, tmp_path: Path
+) -> None:
+    path = checkpoint(kind, torch.bfloat16)
+    places = _second_layers_on_the_disk(new_model(kind))
+    options = {"device_map": places, "offload_folder": tmp_path / "away", "dtype": torch.bfloat16}
+    model = load(path, _config(METHODS["8bit"]), **options)
+    away = tuple(name for name, place in places.items() if place == "disk")
+    assert len(away) == (2 if kind == "t5" else 1)
+    for name, parameter in model.named_parameters():
+        assert not name.startswith(away) or parameter.dtype == torch.float32, name
+    logits, plain = run(model), run(load(path, dtype=torch.float32))
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - plain).norm() < 0.2 * plain.norm()  # routing may flip
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", **options)
+    if model.config.quantization_config.quant_method == "fewbits":  # fused experts: no such option there
+        torch.testing.assert_close(run(again), logits, atol=0.2, rtol=0.2)
+    else:
+        assert run(again).equal(logits)
+
+
 def test_all_of_an_offloaded_layer_is_computed_in_float32(
     checkpoint: Checkpoint, load: Load, tmp_path: Path
 ) -> None:
@@ -185,11 +224,12 @@ def test_a_whole_model_on_the_disk(checkpoint: Checkpoint, load: Load, run: Run,
     assert run(model).equal(run(load(path, dtype=torch.float32)))
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama_bias"])
 def test_a_quantized_checkpoint_stays_quantized(
-    checkpoint: Checkpoint, load: Load, quantized: Layers, run: Run, tmp_path: Path
+    kind: str, checkpoint: Checkpoint, load: Load, quantized: Layers, run: Run, tmp_path: Path
 ) -> None:
     """There are no other weights to go back to; what is not quantized is in float32."""
-    load(checkpoint("llama", torch.bfloat16), _config(METHODS["4bit"])).save_pretrained(tmp_path / "saved")
+    load(checkpoint(kind, torch.bfloat16), _config(METHODS["4bit"])).save_pretrained(tmp_path / "saved")
     model = load(tmp_path / "saved", device_map=LAYER, offload_folder=tmp_path / "away")
     assert len(quantized(model)) == 14
     assert model.model.layers[1].input_layernorm.weight.dtype == torch.float32

@@ -335,12 +335,15 @@ class FewbitsQuantizer(HfQuantizer):
         from fewbits.integrations.conversion import keep_codes_together
 
         keep_codes_together(model)  # layers may have been frozen since it was loaded
-        state: dict[str, Tensor] = distributed.unheld_state(model) or model.state_dict()
-        for target, source in model.all_tied_weights_keys.items():
-            if source in state and target in state and state[target].is_meta:
-                del state[target]  # offloaded after a forward, where tied tensors are no longer one
+        unheld = distributed.unheld_state(model)
+        state: dict[str, Tensor] = unheld or model.state_dict()
+        # Where tied tensors are offloaded, a forward makes two of them.
+        ties = model.all_tied_weights_keys.items()
+        twice = [key for key, source in ties if source in state and key in state and state[key].is_meta]
+        for key in twice:
+            del state[key]
         if not self.in_bitsandbytes_files:
-            return state, {}
+            return (state if twice or unheld else None), {}
         for name, layer in _quantized(model):
             if isinstance(layer, QuantLinear):
                 for attribute in layer.part_names("weight").values():

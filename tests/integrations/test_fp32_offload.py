@@ -217,6 +217,22 @@ def test_nothing_is_offloaded_from_one_cpu(
     assert model.config.quantization_config.llm_int8_skip_modules is None
 
 
+def test_a_base_model_on_the_disk(
+    checkpoint: Checkpoint, load: Load, run: Run, quantized: Layers, tmp_path: Path
+) -> None:
+    """Its result is an object with tensors in it."""
+    path, places = checkpoint("llama", torch.bfloat16), {"model": "disk", "lm_head": "cpu"}
+    model = load(
+        path, _config(METHODS["4bit"]), device_map=places, offload_folder=tmp_path, dtype=torch.bfloat16
+    )
+    assert not quantized(model)
+    plain = load(path, dtype=torch.float32).model(torch.arange(5)[None] + 3)
+    base = model.model(torch.arange(5)[None] + 3)
+    assert type(base) is type(plain)
+    assert base.last_hidden_state.equal(plain.last_hidden_state.bfloat16())
+    assert model(torch.arange(5)[None] + 3).logits.dtype == torch.bfloat16
+
+
 def test_a_whole_model_on_the_disk(checkpoint: Checkpoint, load: Load, run: Run, tmp_path: Path) -> None:
     path = checkpoint("llama", torch.bfloat16)
     model = load(path, _config(METHODS["4bit"]), device_map={"": "disk"}, offload_folder=tmp_path)
@@ -330,3 +346,18 @@ def test_dequantizing_ends_it(checkpoint: Checkpoint, load: Load) -> None:
     for layer, same in zip(plain.model.layers, other.model.layers, strict=True):
         wanted = same(hidden, position_embeddings=rotations)
         assert layer(hidden, position_embeddings=rotations).equal(wanted)
+
+
+@pytest.mark.gpu
+@by_method
+def test_float32_on_the_cpu_beside_an_accelerator(
+    method: dict[str, Any], checkpoint: Checkpoint, load: Load, run: Run
+) -> None:
+    path = checkpoint("llama", torch.bfloat16)
+    places = {**dict.fromkeys(AROUND, 0), "model.layers.0": 0, "model.layers.1": "cpu"}
+    model = load(path, _config(method), device_map=places, dtype=torch.bfloat16)
+    layer = model.model.layers[1]
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("cpu", torch.float32)}
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "cuda"
+    plain = run(load(path, dtype=torch.float32))
+    assert (run(model).cpu().float() - plain).norm() < 0.2 * plain.norm()

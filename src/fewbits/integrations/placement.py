@@ -92,9 +92,8 @@ class Float32Offload:
     """Modules of a model, not loaded yet, that stay in float32 because a device map offloads them.
 
     Where one of them meets the rest of the model, what enters it is cast to float32, and what leaves it to
-    the dtype of the model; so all of it is computed in float32. Layers that a checkpoint holds quantized, and
-    tied weights as a whole, are one thing wherever they lie: the former stay quantized, the latter follow the
-    one that is offloaded.
+    the dtype of the model; so all of it is computed in float32. A module that is tied to an offloaded one is
+    in float32, too. Layers that a checkpoint holds quantized stay so: they have no other weights.
     """
 
     def __init__(self, model: Any, originals: Mapping[str, nn.Module]) -> None:

@@ -20,10 +20,10 @@ LAYERS = (
     ("format",),
     ("tensor",),
     ("packing", "columns"),
-    ("reference",),
+    ("reference", "moments"),
     ("backends",),
     ("ops",),
-    ("nn", "algorithms"),
+    ("nn", "algorithms", "optim"),
     ("experts",),
     ("recipe", "int8_training"),
     ("config", "report"),
@@ -47,7 +47,10 @@ FOREIGN = {
     "matplotlib": ("cli.page",),
     "jinja2": ("cli.page",),
 }
-NOT_LOADED_BY_IMPORT = ("transformers", "peft", "accelerate", "triton", "bitsandbytes", "matplotlib")
+NOT_LOADED_BY_IMPORT = (
+    *("transformers", "peft", "accelerate", "triton", "bitsandbytes", "matplotlib"),
+    "fewbits.optim",
+)
 
 # These repeat the signatures of other packages, open ends included.
 MIRRORS = ("config", "integrations")

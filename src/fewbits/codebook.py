@@ -153,6 +153,8 @@ _ALL: tuple[Callable[[], Codebook], ...] = (
     _fp4,
     lambda: _table("dynamic8", 8, _dynamic(signed=True)),
     lambda: _table("udynamic8", 8, _dynamic(signed=False)),
+    # Second moments of optimizers: their roots are in the unsigned dynamic map (see `fewbits.moments`).
+    lambda: _table("udynamic8_squared", 8, [f32(value * value) for value in _dynamic(signed=False)]),
     lambda: Codebook("int8", 8, peak=127.0, unit=f32(1 / 127), signed=True, reciprocal=True),
     *(lambda bits=bits: _unsigned(bits) for bits in (2, 3, 4, 8)),
     lambda: _minifloat("e4m3", 4, 3, 7, 448.0),

@@ -14,8 +14,48 @@ from typing import Any
 
 from fewbits.integrations.imports import after_import
 
-_AUTO = "transformers.quantizers.auto"  # holds the tables of config and quantizer classes
 _takeover: bool | None = None
+
+
+def enable(takeover: bool | None = None) -> None:
+    """Register fewbits with transformers and PEFT; say who loads `bitsandbytes` checkpoints and configs, and
+    whose optimizers `TrainingArguments(optim=…)` means by bitsandbytes' names.
+
+    takeover True: fewbits; False: the bitsandbytes package; None: fewbits where that package is not
+    installed. `import fewbits` calls `enable()`. Models that are loaded already stay as they are.
+    """
+    global _takeover
+    _takeover = takeover
+    for table, register in _TABLES.items():
+        after_import(table, register)
+    for module, function in _PEFT.items():
+        after_import(module, functools.partial(_extend, module, function))
+
+
+def owns_bitsandbytes() -> bool:
+    """Whether fewbits loads `bitsandbytes` checkpoints and configs."""
+    return importlib.util.find_spec("bitsandbytes") is None if _takeover is None else _takeover
+
+
+def _register_quantizer() -> None:
+    from fewbits.integrations import transformers
+
+    # Without `register` it is just being imported, and registers at its end.
+    if hasattr(transformers, "register"):
+        transformers.register(takeover=owns_bitsandbytes())
+
+
+def _register_optimizers() -> None:
+    from fewbits.integrations import trainer
+
+    trainer.register(takeover=owns_bitsandbytes())
+
+
+# Modules that hold tables, and what enters fewbits there.
+_TABLES: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,  # config and quantizer classes
+    "transformers.trainer_optimizer": _register_optimizers,  # functions by names of optimizers
+}
 
 # Functions of PEFT that decide by the kind of layer or model, and which have no registry: `integrations.peft`
 # has one of the same name for each, which hands everything but quantized layers of fewbits to the original.
@@ -26,32 +66,7 @@ _PEFT = {
     "peft.tuners.lora.layer": "dispatch_default",
     "peft.tuners.tuners_utils": "BaseTuner.inject_adapter",
 }
-
-
-def enable(takeover: bool | None = None) -> None:
-    """Register fewbits with transformers and PEFT; say who loads `bitsandbytes` checkpoints and configs.
-
-    takeover True: fewbits; False: the bitsandbytes package; None: fewbits where that package is not
-    installed. `import fewbits` calls `enable()`. Models that are loaded already stay as they are.
-    """
-    global _takeover
-    _takeover = takeover
-    after_import(_AUTO, _register)
-    for module, function in _PEFT.items():
-        after_import(module, functools.partial(_extend, module, function))
-
-
-def owns_bitsandbytes() -> bool:
-    """Whether fewbits loads `bitsandbytes` checkpoints and configs."""
-    return importlib.util.find_spec("bitsandbytes") is None if _takeover is None else _takeover
-
-
-def _register() -> None:
-    from fewbits.integrations import transformers
-
-    # Without `register` it is just being imported, and registers at its end.
-    if hasattr(transformers, "register"):
-        transformers.register(takeover=owns_bitsandbytes())
+_extended: set[Callable[..., Any]] = set()
 
 
 def _extend(module: str, path: str) -> None:
@@ -59,7 +74,7 @@ def _extend(module: str, path: str) -> None:
     place, _, name = path.rpartition(".")
     owner: Any = getattr(sys.modules[module], place) if place else sys.modules[module]
     original: Callable[..., Any] | None = getattr(owner, name, None)
-    if original is None or hasattr(original, "__wrapped__"):  # an earlier PEFT, or done before
+    if original is None or original in _extended:  # an earlier PEFT, or done before
         return
 
     @functools.wraps(original)
@@ -68,6 +83,7 @@ def _extend(module: str, path: str) -> None:
 
         return getattr(peft, name)(original, *args, **kwargs)
 
+    _extended.add(extended)
     for importer in [owner, *sys.modules.values()]:
         if getattr(importer, "__dict__", {}).get(name) is original:
             setattr(importer, name, extended)

@@ -22,7 +22,7 @@ class AdamW8bit(BlockwiseOptimizer):
     weight_decay     decoupled; by default 0.01, for Adam 0
     min_8bit_size    states of parameters with fewer elements stay in float32
     is_paged         says nothing here, see `PagedAdamW8bit`
-    keep_32bit       parameters whose states stay in float32 as well, such as embeddings
+    keep_32bit       parameters whose states stay in float32 as well, such as embeddings; others are ignored
     """
 
     moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")

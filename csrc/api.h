@@ -14,7 +14,7 @@
 #endif
 
 // Raised by one with every change of a struct or a signature; the caller refuses another number.
-#define FEWBITS_ABI 2
+#define FEWBITS_ABI 3
 
 enum fewbits_status {
   FEWBITS_OK = 0,
@@ -102,6 +102,32 @@ struct fewbits_product {
   int32_t threads;
 };
 
+enum fewbits_rule { FEWBITS_ADAM = 0, FEWBITS_LION = 1, FEWBITS_SGD = 2 };
+
+// A parameter, its gradient and its moments in blocks of 256 codes; what they mean is in src/fewbits/moments.py.
+struct fewbits_moments {
+  void *param;                         // [count]
+  const void *grad;                    // [count]
+  uint8_t *first, *second;             // [count]; the second ones are Adam's alone
+  float *first_scale, *second_scale;   // [count / 256, rounded up]
+  int64_t count;
+  int32_t param_dtype, grad_dtype;
+};
+
+// One step of a rule.
+struct fewbits_step {
+  const float *first_table;   // 256 ascending values, 0 among them
+  const float *second_table;  // the same, 0 the first of them
+  float beta1, take1;         // a moment is kept by beta, and takes so much of the gradient
+  float beta2, take2;
+  float eps, root_factor;     // the divisor is root_factor · sqrt(second moment) + eps
+  float limit, rate;          // of the magnitude of a direction, and its factor
+  float shrink, decay;        // what parameters are multiplied with; what of them is added to gradients (SGD)
+  uint32_t seed;              // of the random numbers
+  int32_t rule;               // enum fewbits_rule
+  int32_t threads;
+};
+
 // Starts `threads` threads that each run function(argument) once, and waits for them: GOMP_parallel.
 typedef void (*fewbits_parallel)(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
@@ -138,3 +164,5 @@ FEWBITS_API int32_t fewbits_linear_a8(const fewbits_weight *weight, const fewbit
 // are multiplied in x's dtype. FEWBITS_UNSUPPORTED with more columns than 32 bits can sum.
 FEWBITS_API int32_t fewbits_linear_int8(const fewbits_weight *weight, const fewbits_product *product,
                                         float threshold);
+// One step of `tensors` parameters, in place; they and their parts do not overlap.
+FEWBITS_API int32_t fewbits_update(const fewbits_moments *list, int64_t tensors, const fewbits_step *step);

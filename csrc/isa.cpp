@@ -28,6 +28,7 @@ namespace {
 #include "kernels/tile.h"
 #include "kernels/linear.h"
 #include "kernels/int8.h"
+#include "kernels/moments.h"
 
 #define FEWBITS_TEXT(name) #name
 #define FEWBITS_NAME(name) FEWBITS_TEXT(name)
@@ -51,6 +52,7 @@ const KernelTable FEWBITS_SYMBOL(FEWBITS_ISA) = {
     multiply_tiles,
     quantize_x,
     multiply_int8,
+    update_moments,
 };
 
 }  // namespace fewbits

@@ -99,6 +99,16 @@ struct Int8Task {
   int64_t begin, end;   // blocks of x that are multiplied, with tiles
 };
 
+// Steps of optimizers. Items of the job: blocks of all tensors.
+struct UpdateTask {
+  const fewbits_moments *list;
+  int64_t tensors;
+  const int64_t *first_block;  // [tensors + 1]: items before each tensor
+  const fewbits_step *step;
+  const float *first_heap, *second_heap;  // thresholds in the order they are asked for: level l at heap + 2**l
+  int32_t first_zero, second_zero;        // the codes of 0
+};
+
 struct KernelTable {
   const char *name;
   int32_t products;  // bits 1 << ProductKind
@@ -117,6 +127,8 @@ struct KernelTable {
   // Items: rows of x, and blocks of 16 rows of the weight; see kernels/int8.h.
   void (*quantize_x)(const void *int8_task, const Piece &piece);
   void (*multiply_int8)(const void *int8_task, const Piece &piece);
+  // Items: blocks of moments; see kernels/moments.h.
+  void (*update_moments)(const void *update_task, const Piece &piece);
 };
 
 // Sizes, and products of two of them, are below these, so that arithmetic with them fits 64 bits.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fewbits import backends, reference
-from fewbits.backends import BACKENDS, OPS, Backend, choose, explain
+from fewbits import backends, moments, reference
+from fewbits.backends import BACKENDS, OPS, Backend, choose, choose_update, cpu, explain
 from fewbits.format import Format
 from fewbits.ops import linear, quantize
 
@@ -94,3 +94,8 @@ def test_explain_agrees_with_choose(fake):
 def test_explain_refuses_what_is_no_format():
     with pytest.raises(ValueError, match="unknown format 'nf5'"):
         explain("nf5")
+
+
+def test_steps_of_optimizers_are_taken_by_the_library_on_cpus_and_by_the_specification_elsewhere():
+    assert choose_update(torch.device("cpu")) is (moments.update if cpu.unavailable() else cpu.update)
+    assert choose_update(torch.device("cuda")) is moments.update

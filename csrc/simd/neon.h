@@ -19,6 +19,7 @@ static inline F add(F a, F b) { return vaddq_f32(a, b); }
 static inline F sub(F a, F b) { return vsubq_f32(a, b); }
 static inline F mul(F a, F b) { return vmulq_f32(a, b); }
 static inline F div(F a, F b) { return vdivq_f32(a, b); }
+static inline F sqrt(F value) { return vsqrtq_f32(value); }
 static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 // FMIN and FMAX return NaN for NaN; the second operand is wanted.
 static inline F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }

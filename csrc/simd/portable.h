@@ -35,6 +35,10 @@ static inline F add(F a, F b) { return a + b; }
 static inline F sub(F a, F b) { return a - b; }
 static inline F mul(F a, F b) { return a * b; }
 static inline F div(F a, F b) { return a / b; }
+static inline F sqrt(F value) {
+  return F{__builtin_sqrtf(value[0]), __builtin_sqrtf(value[1]), __builtin_sqrtf(value[2]),
+           __builtin_sqrtf(value[3])};
+}
 static inline F fma(F a, F b, F c) { return a * b + c; }
 static inline F min(F a, F b) { return a < b ? a : b; }
 static inline F max(F a, F b) { return a > b ? a : b; }

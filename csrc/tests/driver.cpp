@@ -17,6 +17,7 @@
 #include "check.h"
 #include "encode.h"
 #include "model.h"
+#include "moments.h"
 
 using namespace model;
 using check::checks, check::expect, check::expect_ok, check::failures, check::place;
@@ -245,6 +246,28 @@ void test_linear_int8(int64_t m, int64_t rows, int64_t columns, float threshold,
   }
 }
 
+// --- steps of optimizers ----------------------------------------------------------------------------
+
+void test_update(int32_t rule, int32_t param_dtype, int32_t grad_dtype, int32_t threads, Random &random) {
+  char text[100];
+  snprintf(text, sizeof text, "update rule %d %s %s", rule, DTYPES[param_dtype], DTYPES[grad_dtype]);
+  place = text;
+  std::vector<Moments> tensors, wanted;
+  for (int64_t count : {1, 255, 256, 257, 0, 17, 30000, 511})
+    tensors.emplace_back(count, param_dtype, grad_dtype, random);
+  wanted = tensors;
+  for (int number = 0; number < 3; number++) {
+    fewbits_step step = some_step(rule, threads, random);
+    std::vector<fewbits_moments> list;
+    for (Moments &tensor : tensors) list.push_back(tensor.m);
+    expect_ok(fewbits_update(list.data(), (int64_t)list.size(), &step), "a step");
+    for (size_t i = 0; i < tensors.size(); i++) {
+      step_model(wanted[i], step);
+      expect(tensors[i] == wanted[i], "elements", (double)tensors[i].m.count, number);
+    }
+  }
+}
+
 // --- all of it --------------------------------------------------------------------------------------
 
 void test_isa(int32_t threads) {
@@ -261,6 +284,9 @@ void test_isa(int32_t threads) {
     for (auto [rows, columns] : SHAPES) {
       for (int32_t dtype = 0; dtype < 3; dtype++) test_encode(coding, rows, columns, dtype, threads, random);
     }
+  }
+  for (int32_t rule = 0; rule < 3; rule++) {
+    for (int32_t pair = 0; pair < 9; pair++) test_update(rule, pair / 3, pair % 3, threads, random);
   }
   for (int64_t m : {0, 1, 5, 8, 13, 30}) {  // few rows of x, and blocks of them
     for (int at : {0, 1, 2, 6, 8, 10, 12}) {

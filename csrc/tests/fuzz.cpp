@@ -12,6 +12,7 @@
 
 #include "encode.h"
 #include "model.h"
+#include "moments.h"
 
 using namespace model;
 
@@ -347,6 +348,30 @@ int32_t call_mean(Input &in, Blocks &blocks) {
   return fewbits_mean(values, count, dtype, in.once_in(16) ? nullptr : &mean);
 }
 
+int32_t call_update(Input &in, Blocks &blocks) {
+  Random random((uint64_t)in.below(65536));
+  fewbits_step step = some_step((int32_t)in.below(3), 1 + (int32_t)in.below(3), random);
+  if (in.once_in(16)) change(in, step.rule);
+  if (in.once_in(16)) change(in, step.threads);
+  if (in.once_in(8)) step.first_table = blocks.array<float>(in, 256);
+  if (in.once_in(8)) step.second_table = blocks.array<float>(in, 256);
+  std::vector<fewbits_moments> list((size_t)in.below(4));
+  for (fewbits_moments &m : list) {
+    m.count = in.once_in(8) ? strange(in) : in.below(700);
+    m.param_dtype = (int32_t)in.below(3), m.grad_dtype = (int32_t)in.below(3);
+    if (in.once_in(16)) change(in, m.param_dtype);
+    if (in.once_in(16)) change(in, m.grad_dtype);
+    int64_t scales = m.count > 0 && m.count < MOST ? (m.count + 255) / 256 : 0;
+    m.param = blocks.of(in, product_of(m.count, item_bytes(m.param_dtype)));
+    m.grad = blocks.of(in, product_of(m.count, item_bytes(m.grad_dtype)));
+    m.first = blocks.array<uint8_t>(in, m.count), m.second = blocks.array<uint8_t>(in, m.count);
+    m.first_scale = blocks.array<float>(in, scales), m.second_scale = blocks.array<float>(in, scales);
+    // A length that is claimed for less memory than it takes would be the caller's mistake.
+    if (m.count > MOST / 4) m.param = nullptr;
+  }
+  return fewbits_update(list.empty() ? nullptr : list.data(), (int64_t)list.size(), &step);
+}
+
 void use_some_isa(Input &in) {
   static const std::vector<std::string> usable = [] {
     std::vector<std::string> names;
@@ -367,9 +392,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Blocks blocks;
   blocks.random = Random((uint64_t)in.below(65536));
   use_some_isa(in);
-  int32_t (*const calls[])(Input &, Blocks &) = {call_dequantize, call_linear, call_quantize, call_mean};
+  int32_t (*const calls[])(Input &, Blocks &) = {call_dequantize, call_linear, call_quantize, call_mean,
+                                                  call_update};
   int64_t which = in.below(16);
-  int32_t status = calls[which < 5 ? 0 : which < 10 ? 1 : which < 15 ? 2 : 3](in, blocks);
+  int32_t status = calls[which < 4 ? 0 : which < 8 ? 1 : which < 12 ? 2 : which < 13 ? 3 : 4](in, blocks);
   accepted += status == FEWBITS_OK;
   // An answer that api.h knows, with a reason where it is not "done".
   if (status < FEWBITS_OK || status > FEWBITS_UNSUPPORTED || (status != FEWBITS_OK && !*fewbits_error()))

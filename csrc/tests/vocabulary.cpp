@@ -131,6 +131,8 @@ void test_arithmetic() {
   pairs("sub", sub, [](float a, float b) { return a - b; });
   pairs("mul", mul, [](float a, float b) { return a * b; });
   pairs("div", div, [](float a, float b) { return a / b; });
+  pairs(
+      "sqrt", [](F a, F) { return sqrt(a); }, [](float a, float) { return sqrtf(a); });
   pairs("min", min, [](float a, float b) { return a < b ? a : b; });
   pairs("max", max, [](float a, float b) { return a > b ? a : b; });
   pairs(

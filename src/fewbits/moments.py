@@ -196,7 +196,8 @@ def _adam(step: Step, param: Tensor, grad: Tensor, moments: list[Tensor]) -> Non
     mean, square = moments
     mean.mul_(f32(step.beta1)).add_(grad * f32(1 - step.beta1))
     square.mul_(f32(step.beta2)).add_(grad * f32(1 - step.beta2) * grad)
-    root = square.sqrt().mul_(step.root_factor).add_(f32(step.eps))
+    # In float32 torch's roots on CPUs are not the nearest ones.
+    root = square.double().sqrt_().float().mul_(step.root_factor).add_(f32(step.eps))
     direction = (mean / root).clamp_(-step.limit, step.limit)
     param.mul_(step.shrink).sub_(direction.mul_(step.rate))
 

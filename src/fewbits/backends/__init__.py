@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewbits import reference
+from fewbits import moments, reference
 from fewbits.backends import cpu
 from fewbits.format import Format
 from fewbits.tensor import QuantizedTensor
@@ -57,6 +57,11 @@ BACKENDS: tuple[Backend, ...] = (
 def choose(op: str, format: Format, device: torch.device) -> Kernels:
     """The kernels of the first backend that supports `op` on weights in `format` on `device`."""
     return next(b.kernels for b in BACKENDS if b.refuse(op, format, device) is None)
+
+
+def choose_update(device: torch.device) -> Callable[..., None]:
+    """`fewbits.moments.update` for tensors on `device`: that of the C++ library, or the specification."""
+    return cpu.update if device.type == "cpu" and cpu.unavailable() is None else moments.update
 
 
 def explain(format: Format | str, device: torch.device | str = "cpu") -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fewbits import moments
+from fewbits import backends, moments
 from fewbits.codebook import Codebook
 from fewbits.moments import Moment, Step
 from fewbits.optim import states
@@ -66,7 +66,8 @@ class BlockwiseOptimizer(Optimizer):
     device. Temporary memory does not depend on the size of the parameters.
 
     A DTensor (FSDP2, tensor parallelism) is updated where its shard lies, without communication. Blocks run
-    over the local shard, so its `state_dict` holds float32 DTensors, which load with any other sharding.
+    over the local shard, so its `state_dict` holds float32 DTensors, which load with any other sharding,
+    rounded to the nearest codes once more.
     """
 
     moment_names: ClassVar[tuple[str, ...]]
@@ -216,7 +217,7 @@ def take_step(batch: _Batch, step: Step) -> None:
     """Parameters that do not lie row by row are worked on as copies that do."""
     dense = [param.contiguous() for param in batch.params]
     grads = [grad.contiguous() for grad in batch.grads]
-    moments.update(dense, grads, list(zip(*batch.moments, strict=True)), step)
+    backends.choose_update(dense[0].device)(dense, grads, list(zip(*batch.moments, strict=True)), step)
     for param, worked_on in zip(batch.params, dense, strict=True):
         if worked_on is not param:
             param.copy_(worked_on)

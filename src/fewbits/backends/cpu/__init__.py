@@ -6,6 +6,7 @@ import torch
 
 from fewbits.backends.cpu.codes import dequantize, embedding, quantize
 from fewbits.backends.cpu.library import instruction_sets, unavailable
+from fewbits.backends.cpu.moments import update
 from fewbits.backends.cpu.products import fixed_linear, linear, linear_a8, linear_backward, linear_int8
 from fewbits.format import Format
 
@@ -20,6 +21,8 @@ __all__ = [
     "linear_int8",
     "quantize",
     "refuse",
+    "unavailable",
+    "update",
 ]
 
 

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from fewbits.backends.cpu.structs import Encoding, Product, Weight
+from fewbits.backends.cpu.structs import Encoding, Moments, Product, StepOf, Weight
 from fewbits.machine import openmp_runtimes
 
-ABI = 2  # FEWBITS_ABI of csrc/api.h
+ABI = 3  # FEWBITS_ABI of csrc/api.h
 _NAME = "libfewbits_cpu.dylib" if sys.platform == "darwin" else "libfewbits_cpu.so"
 _RTLD_NOLOAD = getattr(os, "RTLD_NOLOAD", 0)
 
 _WEIGHT, _ENCODING, _PRODUCT = (ctypes.POINTER(struct) for struct in (Weight, Encoding, Product))
+_MOMENTS, _STEP = ctypes.POINTER(Moments), ctypes.POINTER(StepOf)
 # fmt: off
 _SIGNATURES: dict[str, tuple[list[object], object]] = {
     "fewbits_abi": ([], c_int32),
@@ -45,6 +46,7 @@ _SIGNATURES: dict[str, tuple[list[object], object]] = {
     "fewbits_linear": ([_WEIGHT, _PRODUCT], c_int32),
     "fewbits_linear_a8": ([_WEIGHT, _PRODUCT, c_int64], c_int32),
     "fewbits_linear_int8": ([_WEIGHT, _PRODUCT, c_float], c_int32),
+    "fewbits_update": ([_MOMENTS, c_int64, _STEP], c_int32),
 }
 # fmt: on
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -98,6 +98,44 @@ class Product(ctypes.Structure):
         ("x_dtype", c_int32),
         ("y_dtype", c_int32),
         ("bias_dtype", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class Moments(ctypes.Structure):
+    """`fewbits_moments`."""
+
+    _fields_ = (
+        ("param", c_void_p),
+        ("grad", c_void_p),
+        ("first", c_void_p),
+        ("second", c_void_p),
+        ("first_scale", c_void_p),
+        ("second_scale", c_void_p),
+        ("count", c_int64),
+        ("param_dtype", c_int32),
+        ("grad_dtype", c_int32),
+    )
+
+
+class StepOf(ctypes.Structure):
+    """`fewbits_step`."""
+
+    _fields_ = (
+        ("first_table", c_void_p),
+        ("second_table", c_void_p),
+        ("beta1", c_float),
+        ("take1", c_float),
+        ("beta2", c_float),
+        ("take2", c_float),
+        ("eps", c_float),
+        ("root_factor", c_float),
+        ("limit", c_float),
+        ("rate", c_float),
+        ("shrink", c_float),
+        ("decay", c_float),
+        ("seed", c_uint32),
+        ("rule", c_int32),
         ("threads", c_int32),
     )
 
@@ -246,6 +284,11 @@ def _encoding(format: Format, shape: tuple[int, int]) -> Encoding:
         peak_exponent=math.frexp(book.peak)[1],
         has_zero=format.zero,
     )
+
+
+def table_address(book: Codebook) -> int:
+    """Where the values of a codebook lie, in float32, as long as the process lives."""
+    return ctypes.addressof(_table(book.name))
 
 
 # Arrays live as long as the process: structs hold their addresses.

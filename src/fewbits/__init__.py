@@ -4,12 +4,11 @@
 bitsandbytes package is not installed or after `enable(takeover=True)`, every `BitsAndBytesConfig`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fewbits import distributed as distributed
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Format, Scheme
 from fewbits.integrations import enable
+from fewbits.machine import versions
 from fewbits.model import quantize_model
 from fewbits.ops import linear, quantize
 from fewbits.recipe import Recipe
@@ -32,9 +31,6 @@ __all__ = [
     "report",
 ]
 
-try:
-    __version__ = version("fewbits")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+source"
+__version__ = versions()["fewbits"]
 
 enable()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def _are_file_pages(start: int, end: int) -> bool:
     present, swapped, file = 0x80, 0x40, 0x20  # bits 63, 62 and 61
     known = {entry: entry & file or not entry & (present | swapped) for entry in set(flags)}
     return len(flags) == count and all(known.values())
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of fewbits and of `packages`, which are installed."""
+    try:
+        own = version("fewbits")
+    except PackageNotFoundError:  # a source tree that was not installed
+        own = "0+source"
+    return {"fewbits": own} | {package: version(package) for package in packages}
 
 
 def cpu_name() -> str:

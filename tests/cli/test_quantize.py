@@ -243,7 +243,7 @@ class TestRefused:
         for out, message in (
             (source, "never replaced"),
             (tmp_path / "link", "is a link"),
-            (tmp_path, "not what `fewbits quantize` made"),
+            (tmp_path, "not what fewbits made"),
             (source / "config.json" / "out", "is a file"),
             (Path("/"), "names no folder"),
         ):

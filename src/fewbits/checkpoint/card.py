@@ -74,7 +74,41 @@ reason for those that were kept.
 {_snippet(about)}
 ```
 
-## How it was made
+{_how(about)}"""
+
+
+def merged_card(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The card of a base with an adapter merged into it, as Markdown; arguments as of `model_card`."""
+    front = {
+        "base_model": about["base_model"],
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["fewbits"],
+        **facts,
+    }
+    changed = [weight for weight in about["weights"] if weight["reason"]]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {_text(about["name"])}
+
+The adapter {_text(about["adapter"]["name"])} merged by fewbits {about["versions"]["fewbits"]} into
+{_text(about["adapter"]["into"])}. {len(changed)} of {len(about["weights"])} tensors are changed,
+{_size(sum(w["nbytes"] for w in about["weights"]))} in all; `fewbits.json` names them.
+SHA-256 of the adapter's weights: `{about["adapter"]["sha256"]}`.
+
+## Use
+
+```python
+{_snippet(about)}
+```
+
+{_how(about)}"""
+
+
+def _how(about: Mapping[str, Any]) -> str:
+    return f"""## How it was made
 
 ```bash
 {about["command"]}
@@ -83,6 +117,11 @@ reason for those that were kept.
 with {", ".join(f"{name} {version}" for name, version in sorted(about["versions"].items()))}.
 `SHA256SUMS` lists the hashes of all files: `sha256sum --check SHA256SUMS`.
 """
+
+
+def card_of(about: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The card of what a job made: merged, or else quantized."""
+    return merged_card(about, facts) if "adapter" in about else model_card(about, facts)
 
 
 def _size(nbytes: int) -> str:
@@ -109,11 +148,11 @@ def _table(weights: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _snippet(about: Mapping[str, Any]) -> str:
-    own = about["method"] == "fewbits"
-    first = "import fewbits\n" if own else ""
+    method = about["method"]
+    first = "import fewbits\n" if method == "fewbits" else ""
     note = (
         ""
-        if own
+        if method != "bitsandbytes"
         else "\n# bitsandbytes loads it, and so does `import fewbits` where that package is not installed"
     )
     name = json.dumps(about["name"])

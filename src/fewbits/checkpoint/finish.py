@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewbits.checkpoint.card import model_card
+from fewbits.checkpoint.card import card_of
 from fewbits.checkpoint.files import exchange, file_hash, is_temporary, sync_folder, write_atomically
 from fewbits.checkpoint.folder import CONFIG, INDEX, checked_file
 from fewbits.checkpoint.job import Advance, partial_folder
@@ -31,7 +31,7 @@ _CARRIED = re.compile(
     r"|(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([.-]\w{1,40})?(\.(txt|md))?",
     re.ASCII,
 )
-# Of no use in a quantized folder, or worse: one with an adapter_config.json is taken for an adapter.
+# Of no use in the result, or worse: one with an adapter_config.json is taken for an adapter.
 _LEFT = re.compile(
     r"adapter_config\.json|.*\.index\.json|trainer_state\.json|training_args.*|.*\.(tmp|pkl|py)"
 )
@@ -86,7 +86,7 @@ def finish(out: Path, *, overwrite: bool, advance: Advance = lambda _: None) -> 
     del about["shards"]
     write_atomically(partial / SIDE_FILE, _json(about).encode())
     write_atomically(
-        partial / "README.md", model_card(about, identity["card"]).encode(errors="backslashreplace")
+        partial / "README.md", card_of(about, identity["card"]).encode(errors="backslashreplace")
     )
     hashes = {name: record["sha256"] for name, record in records.items()}
     for path in sorted(partial.iterdir()):
@@ -114,9 +114,29 @@ def check_place(out: Path) -> None:
     folders = {entry.name for entry in out.iterdir() if entry.is_dir()} - {".job"}
     if names and (SIDE_FILE not in names or folders):
         raise FileExistsError(
-            f"{out} is not what `fewbits quantize` made ({SIDE_FILE} and no folders), so it is never "
+            f"{out} is not what fewbits made ({SIDE_FILE} and no folders), so it is never "
             "replaced; choose another place, or remove it by hand"
         )
+
+
+def check_out(out: Path, source: Path) -> None:
+    """Refuse a result that would touch the source: in it or around it, also while it is being made."""
+    for target in (out, partial_folder(out)):
+        place = target.parent.resolve() / target.name
+        if place == source or source in place.parents:
+            raise ValueError(
+                f"{target} lies in the source {source}, which is never written to; choose another place"
+            )
+        if place in source.parents:
+            raise ValueError(f"the source {source} lies in {target}; choose another place")
+
+
+def model_name(folder: Path) -> str:
+    """What a model in a folder is called; in the hub's cache, its id."""
+    model = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and model.startswith("models--"):
+        return model.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def _checked_records(
@@ -128,7 +148,7 @@ def _checked_records(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{len(missing)} of {len(names)} shards are not finished: {missing[0]}{more}; run their workers "
-            "again, or `fewbits quantize` with --resume"
+            "again, or the command that makes it with --resume"
         )
     records = {name: record for name, record in found.items() if record is not None}
     for name, record in records.items():
@@ -136,7 +156,7 @@ def _checked_records(
             (partial / ".job" / f"{name}.json").unlink()
             raise CheckpointError(
                 f"{partial / name} is not what was written any more; the disk may be failing. Make it again: "
-                "`fewbits quantize` with --resume"
+                "the same command with --resume"
             )
     return records
 

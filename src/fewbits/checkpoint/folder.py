@@ -74,6 +74,10 @@ class Folder:
             _check_unchanged(header, status)
             return read_tensor(fd, header.tensors[name], file)
 
+    def check(self, name: str, advance: Callable[[int], object]) -> None:
+        """`check_values` of one tensor."""
+        check_values(self, [name], advance)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -21,7 +21,15 @@ from fewbits.checkpoint.safetensors import TORCH_DTYPES, CheckpointError
 from fewbits.checkpoint.session import hold, read_record, record_path
 from fewbits.machine import give_back_free_memory
 
+_MARGIN = 2**27  # bytes of memory for the temporaries of units at work, besides what grows with tensors
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def memory_limit(job: Job, largest: int, threads: int) -> int:
+    """Bytes that units at work may take together: enough for each thread, and at most three times the
+    `largest` tensor, of so many elements, in float32 and a margin."""
+    costs = [unit.cost for shard in job.shards for unit in shard.units]
+    return min(threads * max(costs, default=0), 3 * 4 * largest + _MARGIN)
 
 
 def run(job: Job, shards: Iterable[Shard], *, threads: int, memory: int, advance: Advance) -> None:

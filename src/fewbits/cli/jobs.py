@@ -8,22 +8,21 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import fewbits
 from fewbits.checkpoint.card import inherited
 from fewbits.checkpoint.files import file_hash
-from fewbits.checkpoint.finish import carried
+from fewbits.checkpoint.finish import carried, check_out, model_name
 from fewbits.checkpoint.folder import Folder, checked_file, open_folder
-from fewbits.checkpoint.job import Job, Shard, partial_folder, split
+from fewbits.checkpoint.job import Job, Shard, split
 from fewbits.checkpoint.safetensors import shown
 from fewbits.cli.common import find_model
 from fewbits.config import BitsAndBytesConfig, FewbitsConfig
 from fewbits.format import Scheme
+from fewbits.machine import versions
 from fewbits.recipe import Rule
 from fewbits.report import Entry, Report
 
@@ -149,30 +148,21 @@ def read_config(path: Path) -> Config:
     options = found.get("quantization_config", found) if isinstance(found, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} holds no JSON object")
+    return config_of(options, f"--config {path}")
+
+
+def config_of(options: dict[str, Any], where: str) -> Config:
+    """The config in the JSON object `options`, which stands in `where`."""
     kinds: dict[str, type[Config]] = {"bitsandbytes": BitsAndBytesConfig, "fewbits": FewbitsConfig}
     guess = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(options) else "fewbits"
     method = options.get("quant_method", guess)
     if not isinstance(method, str) or method not in kinds:
-        raise ValueError(
-            f'--config {path} has quant_method {method!r}; fewbits makes "bitsandbytes" and "fewbits"'
-        )
+        raise ValueError(f'{where} has quant_method {method!r}; fewbits makes "bitsandbytes" and "fewbits"')
     try:
         config: Config = kinds[method].from_dict(options)
     except TypeError as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return config
-
-
-def check_out(out: Path, source: Path) -> None:
-    """Refuse a result that would touch the source: in it or around it, also while it is being made."""
-    for target in (out, partial_folder(out)):
-        place = target.parent.resolve() / target.name
-        if place == source or source in place.parents:
-            raise ValueError(
-                f"{target} lies in the source {source}, which is never written to; choose another place"
-            )
-        if place in source.parents:
-            raise ValueError(f"the source {source} lies in {target}; choose another place")
 
 
 def _check_patterns(sets: Sequence[str], plan: Plan) -> None:
@@ -205,7 +195,7 @@ def _identity(
 ) -> dict[str, Any]:
     card = folder.path / "README.md"
     facts = inherited(checked_file(folder.path, card.name)) if card.is_file() else {}
-    name = _name(folder.path) if Path(request.source).is_dir() else request.source  # a model id
+    name = model_name(folder.path) if Path(request.source).is_dir() else request.source  # a model id
     return {
         "name": request.out.name,
         "base_model": request.base_model or name,
@@ -213,10 +203,7 @@ def _identity(
         "method": plan.config["quantization_config"]["quant_method"],
         "quantization_config": plan.config["quantization_config"],
         "command": request.command(name),
-        "versions": {
-            "fewbits": fewbits.__version__,
-            **{package: version(package) for package in ("torch", "transformers")},
-        },
+        "versions": versions("torch", "transformers"),
         "source": {file: [header.size, header.digest] for file, header in folder.headers.items()},
         "config_sha256": file_hash(folder.path / "config.json"),
         "carried": {file: file_hash(path) for file, path in copies.items()},
@@ -226,14 +213,6 @@ def _identity(
         "shards": [[shard.name, shard.size] for shard in shards],
         "card": facts,
     }
-
-
-def _name(folder: Path) -> str:
-    """What a model in a folder is called; in the hub's cache, its id."""
-    model = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and model.startswith("models--"):
-        return model.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
 
 
 def _weight(entry: Entry) -> dict[str, Any]:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import secrets
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 
 from fewbits import ops
-from fewbits.checkpoint.finish import check_place, finish
-from fewbits.checkpoint.folder import check_values
-from fewbits.checkpoint.job import Job, Shard, partial_folder
-from fewbits.checkpoint.session import check_start, discard, read_record, session
-from fewbits.checkpoint.work import run
+from fewbits.checkpoint import work
+from fewbits.checkpoint.finish import finish
+from fewbits.checkpoint.job import Shard, partial_folder
+from fewbits.checkpoint.session import check_start, discard, session
 from fewbits.cli.common import (
     AsJson,
     Quiet,
-    byte_progress,
     format_bytes,
     grouped,
     messages,
@@ -39,12 +28,10 @@ from fewbits.cli.common import (
     results,
 )
 from fewbits.cli.jobs import Planned, Request, part_name, part_of, plan_job
+from fewbits.cli.running import Timing, check_free, check_source, explained, silence, timed_work
 from fewbits.machine import peak_resident_bytes, usable_cores
 from fewbits.report import Report
 
-_MARGIN = 2**27  # bytes of memory for the temporaries of units at work, besides what grows with tensors
-_COPY_SAMPLE = 2**28  # bytes that are copied to see what the disks give
-_DISK_MARGIN = 2**24  # bytes for the files beside the weights
 _SAMPLE = (1024, 1024)  # weights that are quantized to estimate the time
 
 
@@ -57,16 +44,6 @@ Sets = Annotated[
 Worker = Annotated[
     str | None, typer.Option(metavar="i/N", help="Do the i-th of N parts; then `fewbits finalize OUT`.")
 ]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of the two passes over `nbytes` of source, and the rate of a plain copy in bytes/s."""
-
-    nbytes: int
-    check_seconds: float
-    seconds: float
-    copy_rate: float
 
 
 def quantize(
@@ -105,9 +82,9 @@ def quantize(
 
     Example: fewbits quantize demo/model demo-nf4 --format nf4:g64:dq
     """
-    _silence(quiet)
+    silence(quiet)
     if not dry_run:
-        _check_place(out, overwrite)
+        check_free(out, overwrite)
     shard_bytes = parse_bytes(max_shard_size)
     planned = plan_job(Request(source, out, format, int8, config, tuple(sets or ()), shard_bytes, base_model))
     part = part_of(planned.job.shards, worker)
@@ -119,10 +96,11 @@ def quantize(
         discard(partial_folder(out))
     join = resume or worker is not None
     check_start(planned.job, join=join)
-    with _explained(planned.job):
-        seconds = _check(planned, part, threads, quiet)
-        with session(planned.job, part_name(worker), join=join):
-            timing = _work(planned, part, threads, seconds, quiet)
+    job, limit = planned.job, memory_limit(planned, threads)
+    with explained(job):
+        seconds = check_source(job, part, threads, quiet)
+        with session(job, part_name(worker), join=join):
+            timing = timed_work(job, part, threads, limit, seconds, "quantizing", quiet)
             if worker is None:
                 finish(out, overwrite=overwrite)
     if not quiet:
@@ -130,129 +108,9 @@ def quantize(
     _show_result(planned, part, timing, worker, threads, as_json)
 
 
-def _silence(quiet: bool) -> None:
-    for name in ("fewbits", "transformers") if quiet else ():
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _check_place(out: Path, overwrite: bool) -> None:
-    check_place(out)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; --overwrite replaces it")
-
-
 def memory_limit(planned: Planned, threads: int) -> int:
-    """Bytes that tensors at work may take together: enough for each thread, and at most three times the
-    largest tensor in float32 and a margin."""
-    costs = [unit.cost for shard in planned.job.shards for unit in shard.units]
-    return min(threads * max(costs, default=0), 3 * 4 * planned.largest + _MARGIN)
-
-
-def _sources(job: Job, shards: Sequence[Shard]) -> tuple[list[str], int]:
-    """Names and bytes of all that shards are made of."""
-    names = [name for shard in shards for unit in shard.units for name in unit.sources]
-    return names, sum(job.source.info(name).nbytes for name in names)
-
-
-def _work(
-    planned: Planned, part: Sequence[Shard], threads: int, checked: tuple[int, float], quiet: bool
-) -> Timing:
-    """Quantize. `checked`: the bytes and seconds of the check before."""
-    job = planned.job
-    copy_rate = _copy_rate(job)
-    with byte_progress(quiet) as progress:
-        task = progress.add_task("quantizing", total=_sources(job, part)[1])
-        begin = time.perf_counter()
-        run(
-            job,
-            part,
-            threads=threads,
-            memory=memory_limit(planned, threads),
-            advance=lambda count: progress.update(task, advance=count),
-        )
-        return Timing(*checked, time.perf_counter() - begin, copy_rate)
-
-
-def _check(planned: Planned, part: Sequence[Shard], threads: int, quiet: bool) -> tuple[int, float]:
-    """Room on the disk, and no NaN or infinity in what is to be done: (bytes, seconds)."""
-    job = planned.job
-    left = [shard for shard in part if read_record(job.partial, shard.name) is None]
-    _check_disk(job, left)
-    names, nbytes = _sources(job, left)
-    begin = time.perf_counter()
-    with byte_progress(quiet) as progress:
-        _check_values(job, names, threads, progress, nbytes)
-    return nbytes, time.perf_counter() - begin
-
-
-def _check_values(job: Job, names: Sequence[str], threads: int, progress: Progress, nbytes: int) -> None:
-    """Refuse NaN and infinity before anything is written."""
-    task = progress.add_task("checking", total=nbytes)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def check(name: str) -> None:
-            check_values(job.source, [name], lambda count: progress.update(task, advance=count))
-
-        try:
-            for _ in pool.map(check, names):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _check_disk(job: Job, left: Sequence[Shard]) -> None:
-    folder = next(
-        place for place in (job.out.parent.resolve(), *job.out.parent.resolve().parents) if place.exists()
-    )
-    free = shutil.disk_usage(folder).free
-    need = sum(shard.size for shard in left) + sum(path.stat().st_size for path in job.copies.values())
-    if free < need + _DISK_MARGIN:
-        raise ValueError(
-            f"{job.out} needs {format_bytes(need + _DISK_MARGIN)} and {folder} has {format_bytes(free)} "
-            "free; make room, or choose another place",
-        )
-
-
-def _copy_rate(job: Job) -> float:
-    """Bytes/s of copying the source's files, or their beginning, to where the result goes."""
-    target = job.partial / ".job" / f"copy.{secrets.token_hex(8)}.tmp"
-    copied, begin = 0, time.perf_counter()
-    try:
-        with target.open("xb") as output:
-            for header in job.source.headers.values():
-                with header.path.open("rb") as file:
-                    while copied < _COPY_SAMPLE and (block := file.read(2**22)):
-                        copied += output.write(block)
-            output.flush()
-            os.fsync(output.fileno())
-    except OSError:
-        return 0.0  # no room for a copy is no reason to stop
-    finally:
-        target.unlink(missing_ok=True)
-    return copied / (time.perf_counter() - begin)
-
-
-@contextmanager
-def _explained(job: Job) -> Iterator[None]:
-    """Say what is left when work ends early."""
-    try:
-        yield
-    except BaseException as error:
-        done = sum(read_record(job.partial, shard.name) is not None for shard in job.shards)
-        hint = "nothing was written"
-        if done:
-            hint = (
-                f"{done} of {len(job.shards)} shards are finished and kept in {job.partial}; the same "
-                "command with --resume goes on"
-            )
-        elif (job.out / ".job").exists():
-            hint = f"{job.out} is complete; what it replaced may be left beside it"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{error.strerror}. Make room; {hint}") from error
-        if isinstance(error, KeyboardInterrupt):
-            messages().print(hint, markup=False)
-        raise
+    """Bytes that tensors at work may take together."""
+    return work.memory_limit(planned.job, planned.largest, threads)
 
 
 # --- what is shown ----------------------------------------------------------------------------------

@@ -106,7 +106,6 @@ def _sample_rows(model: CausalLM, begin: int, chance: Tensor) -> Tensor:
     return torch.cat(drawn, dim=1)
 
 
-@torch.inference_mode()
 def compare_logits(
     reference: CausalLM,
     model: CausalLM,
@@ -117,39 +116,66 @@ def compare_logits(
 ) -> Quality:
     """Score `model` against `reference` on sequences, int64 [count, length], each fed as it stands.
 
-    A forward pass takes at most `batch` sequences, and makes at most LOGIT_BYTES of logits: where one
-    sequence makes more, it is fed again for each part of its logits. Only a model whose forward knows no
-    `logits_to_keep` makes all those of a sequence at once. `progress` is told the share done, 0 to 1.
-
-    Raises ValueError for fewer than two sequences (no interval then), fewer than two tokens a sequence,
-    a batch below 1, or two models with vocabularies of different size.
+    Arguments and errors are those of `token_scores`; ValueError also for a single sequence, which gives no
+    interval.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 2 or sequences.shape[1] < 2:
         raise ValueError(
             "comparing needs sequences of shape [count, length] with count and length of at least 2; "
             f"got {list(sequences.shape)}."
         )
+    return quality(token_scores(reference, model, sequences, batch=batch, progress=progress))
+
+
+@torch.inference_mode()
+def token_scores(
+    reference: CausalLM,
+    model: CausalLM,
+    sequences: Tensor,
+    *,
+    batch: int = 8,
+    progress: Callable[[float], None] | None = None,
+) -> Tensor:
+    """KL(reference ‖ model), negative log-likelihood under `model`, and whether both rank the same token
+    first (0 or 1), of every token but the first of each sequence: float64 [3, count, length - 1].
+
+    A forward pass takes at most `batch` sequences, and makes at most LOGIT_BYTES of logits: where one
+    sequence makes more, it is fed again for each part of its logits. Only a model whose forward knows no
+    `logits_to_keep` makes all those of a sequence at once. `progress` is told the share done, 0 to 1.
+
+    Raises ValueError for a batch below 1, or two models with vocabularies of different size.
+    """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}.")
-    # Per token: [divergence, negative log-likelihood, same top token].
     parts: list[Tensor] = []
     total = sequences.shape[0] * (sequences.shape[1] - 1)
     for rows, kept in _passes(reference, model, sequences, batch):
         parts.append(_score(reference, model, rows, kept))
         if progress is not None:
             progress(sum(part.shape[1] for part in parts) / total)
-    divergence, loss, same = torch.cat(parts, dim=1).double().unbind()
-    per_sequence = divergence.view(sequences.shape[0], -1).mean(1)
+    return torch.cat(parts, dim=1).double().view(3, sequences.shape[0], -1)
+
+
+def quality(scores: Tensor) -> Quality:
+    """What `token_scores` say in a few figures."""
+    divergence, loss, same = scores.flatten(1).unbind()
+    per_sequence = divergence.view(scores.shape[1], -1).mean(1)
     return Quality(
         perplexity=loss.mean().exp().item(),
         kl_mean=divergence.mean().item(),
-        kl_interval95=1.96 * per_sequence.std().item() / math.sqrt(len(per_sequence)),
+        kl_interval95=interval95(per_sequence),
         kl_median=_quantile(divergence, 0.5),
         kl_p99=_quantile(divergence, 0.99),
         kl_max=divergence.max().item(),
         same_top_share=same.mean().item(),
         tokens=divergence.numel(),
     )
+
+
+def interval95(values: Tensor) -> float:
+    """Half width of the 95 % interval of the mean of independent values [n], by the normal
+    approximation."""
+    return 1.96 * values.std().item() / math.sqrt(len(values))
 
 
 def _passes(

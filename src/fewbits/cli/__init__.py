@@ -21,6 +21,7 @@ from fewbits.cli.doctor import doctor
 from fewbits.cli.finalize import finalize
 from fewbits.cli.generate import generate
 from fewbits.cli.inspect import inspect
+from fewbits.cli.merge import merge
 from fewbits.cli.plan import plan
 from fewbits.cli.quantize import quantize
 from fewbits.cli.verify import verify
@@ -80,7 +81,7 @@ def _options(
 
 
 # In the order of use, which `fewbits --help` shows.
-COMMANDS = (demo, plan, quantize, finalize, inspect, verify, compare, generate, doctor)
+COMMANDS = (demo, plan, quantize, finalize, inspect, verify, compare, generate, merge, doctor)
 for _command in COMMANDS:
     app.command()(plain_errors(_command))
 

@@ -271,7 +271,10 @@ def python() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def without_bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every installed package but bitsandbytes, for an interpreter started with -S."""
-    folder = tmp_path_factory.mktemp("packages")
+    folder = (
+        tmp_path_factory.mktemp("packages") / "site-packages"
+    )  # by this name dill takes them for installed
+    folder.mkdir()
     for place in map(Path, sys.path):
         if place.name in ("site-packages", "dist-packages") and place.is_dir():
             for package in place.iterdir():

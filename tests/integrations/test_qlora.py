@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-fewbits.enable(takeover=True)  # says nothing new where the bitsandbytes package is absent
+assert importlib.util.find_spec("bitsandbytes") is None
 path, folder = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -38,8 +38,6 @@ def losses(trainer):
 """
 
 TRAINER = """
-assert importlib.util.find_spec("bitsandbytes") is None
-
 def run(model, out, **more):
     arguments = TrainingArguments(
         out, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[],
@@ -81,7 +79,8 @@ from trl import SFTConfig, SFTTrainer
 trainer = SFTTrainer(
     model=load(torch.bfloat16),
     args=SFTConfig(folder, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-                   report_to=[], save_strategy="no", max_length=64, disable_tqdm=True, use_cpu=True),
+                   report_to=[], save_strategy="no", max_length=64, disable_tqdm=True, use_cpu=True,
+                   optim="paged_adamw_8bit"),
     train_dataset=Dataset.from_dict({"text": texts}),
     peft_config=peft_config,
     processing_class=tokenizer,
@@ -115,9 +114,10 @@ def test_kbit_preparation_and_trainer(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-def test_sft_trainer(python: Callable[..., str], demo_model: Path, tmp_path: Path) -> None:
-    # With the packages where they are: datasets pickles what it takes for no installed package.
-    printed = python(START + SFT, demo_model, tmp_path)
+def test_sft_trainer(
+    python: Callable[..., str], without_bitsandbytes: Path, demo_model: Path, tmp_path: Path
+) -> None:
+    printed = python(START + SFT, demo_model, tmp_path, packages=without_bitsandbytes)
     found = json.loads(printed.splitlines()[-1])
     assert found["losses"][-1] < 0.75 * found["losses"][0]
     assert found["same"]

@@ -186,6 +186,17 @@ def load() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def model_of(checkpoint: Callable[..., Path], load: Callable[..., Any]) -> Callable[..., Any]:
+    """model_of(scheme, kind, **options): such a model, quantized by a scheme or config while loading."""
+
+    def build(scheme: Any = "nf4:g64:dq", kind: str = "llama", **options: Any) -> Any:
+        config = scheme if isinstance(scheme, fewbits.FewbitsConfig) else fewbits.FewbitsConfig(scheme)
+        return load(checkpoint(kind), config, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def run() -> Callable[..., Tensor]:
     """run(model): its logits, or the last hidden states of a bare encoder, on a fixed input."""
 

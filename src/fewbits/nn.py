@@ -246,7 +246,13 @@ class QuantMatrix(QuantModule):
             )
         given = weight.parts()
         with torch.no_grad():
-            for name, part in mine.parts().items():
+            for (name, part), held in zip(
+                mine.parts().items(), self.part_names("weight").values(), strict=True
+            ):
+                if part.untyped_storage().data_ptr() != getattr(self, held).untyped_storage().data_ptr():
+                    raise ValueError(
+                        f"{held} of {self} lies where it cannot be written; unshard the model first"
+                    )
                 part.copy_(given[name])
 
 

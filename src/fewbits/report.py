@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fewbits.nn import QuantModule
 
 KEPT_REASONS = "_fewbits_kept"  # attribute of a model: name of a module or a weight → why it was kept
 _ADAPTER = "an adapter"
+_WRAPPED = ("base_layer", "original_module")  # where PEFT's wrappers keep what they wrap
 NOTES = "_fewbits_notes"  # attribute of a model: parameter name → what happened to it since
 
 
@@ -115,7 +116,7 @@ def report(model: nn.Module) -> Report:
     """
     entries: list[Entry] = []
     seen: set[int] = set()
-    told = _told(model)
+    told, adapters = _told(model), _adapters(model)
     for prefix, module in model.named_modules():
         quantized = _quantized_entries(prefix, module, seen) if isinstance(module, QuantModule) else []
         entries += quantized
@@ -125,7 +126,8 @@ def report(model: nn.Module) -> Report:
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                entries.append(_kept(_join(prefix, name), tensor, module, told))
+                entry = _kept(_join(prefix, name), tensor, module, told)
+                entries.append(replace(entry, reason=_ADAPTER) if id(tensor) in adapters else entry)
     return Report(tuple(entries))
 
 
@@ -150,9 +152,20 @@ def _told(model: nn.Module) -> dict[tuple[str, int], str]:
     return told
 
 
+def _adapters(model: nn.Module) -> set[int]:
+    """Identities of parameters that PEFT's wrappers have beside what they wrap."""
+    found: set[int] = set()
+    for module in model.modules():
+        if any(name in module._modules for name in _WRAPPED):
+            own = (child for name, child in module.named_children() if name not in _WRAPPED)
+            found |= {id(parameter) for child in own for parameter in child.parameters()}
+            found |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    return found
+
+
 def _original(name: str) -> str:
     """The name of a module or parameter before PEFT wrapped layers."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def _quantized_entries(prefix: str, module: QuantModule, seen: set[int]) -> list[Entry]:
@@ -197,8 +210,8 @@ def _kept(name: str, tensor: Tensor, module: nn.Module, told: Mapping[tuple[str,
         reason = "bias"
     elif reason is None and isinstance(module, nn.Embedding):
         reason = "an embedding; name it in FewbitsConfig(modules=…) to quantize it"
-    elif reason is None and "lora_" in name:
-        reason = _ADAPTER
+    elif reason is None and isinstance(module, nn.Linear):
+        reason = "not quantized"
     return Entry(
         name,
         tuple(tensor.shape),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers.integrations.accelerate as maps
@@ -361,3 +362,40 @@ def test_float32_on_the_cpu_beside_an_accelerator(
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "cuda"
     plain = run(load(path, dtype=torch.float32))
     assert (run(model).cpu().float() - plain).norm() < 0.2 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    "away", [("model.norm",), ("lm_head",), ("model.embed_tokens", "model.norm")], ids=str
+)
+def test_adapters_train_after_kbit_preparation(
+    away: tuple[str, ...], checkpoint: Checkpoint, load: Load, tmp_path: Path
+) -> None:
+    """It brings the rest to float32 as well, where casts back to 16 bits would meet float32 weights."""
+    device_map = {**ON_CPU, **dict.fromkeys(away, "disk")}
+    model = load(
+        checkpoint("llama", torch.bfloat16),
+        _config(METHODS["4bit"]),
+        dtype=torch.bfloat16,
+        device_map=device_map,
+        offload_folder=str(tmp_path),
+    )
+    peft.prepare_model_for_kbit_training(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).train()
+    ids = torch.arange(12).reshape(2, 6) + 2
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def test_dequantizing_under_adapters_leaves_no_float32_behind(checkpoint: Checkpoint, load: Load) -> None:
+    device_map = {**dict.fromkeys(AROUND, "meta"), "model.layers": "cpu"}
+    model = load(
+        checkpoint("llama", torch.bfloat16),
+        _config(METHODS["4bit"]),
+        dtype=torch.bfloat16,
+        device_map=device_map,
+    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.get_base_model().dequantize()
+    dtypes = {parameter.dtype for name, parameter in adapted.named_parameters() if "lora" not in name}
+    assert dtypes == {torch.bfloat16}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits import FewbitsConfig
-from fewbits.integrations.peft import LoraLinear, _Merging
+from fewbits.integrations.peft_merging import LoraLinear, Merging
 from fewbits.nn import QuantEmbedding, QuantLinear
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 94 + 2
@@ -149,7 +149,6 @@ VARIANTS = {
     "randlora": peft.RandLoraConfig(r=4, **FEW),
     "c3a": peft.C3AConfig(block_size=16, **FEW),
 }
-BY_BACKEND = ("vera", "miss", "oft", "boft", "shira")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -167,9 +166,7 @@ def test_merging_rounds_once_and_unmerging_is_exact(variant: str, model_of: Call
             plain = nn.Linear(layer.in_features, layer.out_features, False)
             plain.weight = nn.Parameter(layer.quantized_weight().dequantize(torch.float32))
             other.base_layer, other.quantization_backend = plain, None
-            # The method of PEFT's own class, which follows ours in the order of resolution.
-            theirs = type(other) if variant in BY_BACKEND else super(_Merging, other)
-            theirs.merge(other) if variant in BY_BACKEND else theirs.merge()
+            super(Merging, other).merge()  # the method of PEFT's own class, which follows ours
             module.merge()
             expected = fewbits.quantize(plain.weight, "nf4:g64:dq")
             assert module.base_layer.quantized_weight() == expected, names[id(module)]
@@ -398,7 +395,7 @@ print(type(layer).__module__, type(backend).__module__)
 print(model.is_gradient_checkpointing, model.lm_head.weight.dtype)
 """
     words = python(ORDERS[order] + script, demo_model).split()
-    assert words[-4:] == ["fewbits.integrations.peft"] * 2 + ["True", "torch.float32"]
+    assert words[-4:] == ["fewbits.integrations.peft_merging"] * 2 + ["True", "torch.float32"]
 
 
 # --- LoftQ ------------------------------------------------------------------------------------------

@@ -122,4 +122,4 @@ def test_sft_trainer(
     assert found["losses"][-1] < 0.75 * found["losses"][0]
     assert found["same"]
     assert found["layers"] == 28
-    assert found["layer"] == "fewbits.integrations.peft"
+    assert found["layer"] == "fewbits.integrations.peft_merging"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,15 @@ from torch import Tensor
 from fewbits import ops
 from fewbits.experts import QuantExperts
 from fewbits.tensor import QuantizedTensor
+
+
+def warn_of_rounding() -> None:
+    """Once per process, as warnings are by default."""
+    warnings.warn(
+        "merging into quantized weights rounds them again; fewbits.report(model) tells what each layer lost. "
+        "To lose nothing, merge into 16-bit weights: fewbits merge",
+        stacklevel=3,
+    )
 
 
 class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
@@ -37,11 +47,17 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to every expert's weight, and round it to its Format again; see `LoraLinear.merge`."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
+        if names:
+            with (
+                torch.inference_mode(mode=False),
+                torch.no_grad(),
+            ):  # what is stored outlives an inference mode
+                self._merge([*self.merged_adapters, *names], safe_merge)
+
+    def _merge(self, every: list[str], safe_merge: bool) -> None:
         layer, weight = self._experts(), self.parameter_name
         first = self._first or {name: layer.unheld()[name] for name in layer.part_names(weight).values()}
-        every = [*self.merged_adapters, *names]
+        first = {name: part.to(self.get_param().device) for name, part in first.items()}
         terms = [self._term(name) for name in every]
         shape, format = layer.weights()[weight][0], layer.scheme.weight
         found, lost, changed, whole = [], 0.0, 0.0, 0.0
@@ -62,6 +78,7 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         error = math.sqrt(lost / whole) if whole else 0.0
         added = f", {math.sqrt(lost / changed):.3g} of the change" if changed else ""
         layer.relative_errors[weight] = error
+        warn_of_rounding()
         layer.notes[weight] = f"merged {', '.join(every)}: {error:.4f} of the weight{added} lost"
 
     def unmerge(self) -> None:
@@ -69,7 +86,9 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
         if self._first is None:
             super().unmerge()  # says that nothing is merged
             return
-        self._experts().store(self._first)
+        with torch.inference_mode(mode=False):
+            device = self.get_param().device
+            self._experts().store({name: part.to(device) for name, part in self._first.items()})
         self._experts().notes.pop(self.parameter_name, None)
         self.merged_adapters.clear()
         self._first = None
@@ -83,6 +102,11 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT knows its own by this name
     def _term(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [experts, rank, in], b [experts, out, rank] with the scaling in it."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if a.is_meta or self.get_param().is_meta:
+            raise ValueError(
+                "experts or adapters over them are offloaded, where adapters over experts cannot be applied; "
+                "offload other modules, or leave the experts without adapters"
+            )
         a = a.reshape(self.num_experts, -1, a.shape[-1])
         return a, b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1) * self.scaling[adapter]
 

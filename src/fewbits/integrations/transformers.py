@@ -355,12 +355,26 @@ class FewbitsQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Give plain layers back in `dtype`; None: that of the rest of the model, also after a cast."""
-        apart = [layer for _, layer in _quantized(model)]
-        apart += [model.get_submodule(name) for name in self._in_float32]
+        apart: list[nn.Module] = [layer for _, layer in _quantized(model)]
+        apart += self._float32_modules(model)
         others = {id(tensor) for module in apart for tensor in module.parameters(recurse=False)}
         rest = (tensor for tensor in model.parameters() if id(tensor) not in others)
         own = next((tensor.dtype for tensor in rest if tensor.is_floating_point()), model.config.dtype)
         return super().dequantize(model, own if dtype is None else dtype)
+
+    def end_casts(self) -> None:
+        """No more casts around what a device map keeps in float32: the rest is in float32 now as well."""
+        for hook in self._casts:
+            hook.remove()
+
+    def _float32_modules(self, model: Any) -> list[nn.Module]:
+        found = []
+        for name in self._in_float32:
+            module = model.get_submodule(name)
+            while hasattr(module, "base_layer"):  # PEFT has put an adapter around it since
+                module = module.base_layer
+            found.append(module)
+        return found
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -379,7 +393,7 @@ class FewbitsQuantizer(HfQuantizer):
         placing.dequantize_model(model, target)
         for name, hook in hooks.items():
             add_hook_to_module(model.get_submodule(name), hook)
-        placement.end_float32([model.get_submodule(name) for name in self._in_float32], self._casts, target)
+        placement.end_float32(self._float32_modules(model), self._casts, target)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 del module.config._is_quantized

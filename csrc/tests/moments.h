@@ -49,6 +49,12 @@ struct Moments {
         first_scale(other.first_scale), second_scale(other.second_scale) {
     point();
   }
+  Moments &operator=(const Moments &other) {
+    m = other.m, param = other.param, grad = other.grad, first = other.first, second = other.second;
+    first_scale = other.first_scale, second_scale = other.second_scale;
+    point();
+    return *this;
+  }
   void point() {
     m.param = param.data(), m.grad = grad.data();
     m.first = first.data(), m.second = second.data();

@@ -29,16 +29,16 @@ of neighbouring roots in the table above 0 (1.14 between 1e-2 R and R, 1.25 from
 (3) r' ≤ max(G r, 3.3e-7 R): nor is it more than 2.75 times too small, down to gradients of 3.3e-7 of the
     largest.
 (4) v > 0 decodes to more than 0, unless the product with a subnormal R² underflows; v = 0 decodes to 0.
-(5) No step is larger than exact moments allow for any gradients: lr at first, 7.3 lr in the long run with
-betas of
-    0.9 and 0.999. Adam never takes a larger one; here it is cut off where both moments were rounded.
+(5) With finite gradients no step of Adam, decay aside, is larger than exact moments allow for any gradients:
+    lr at first, 7.3 lr in the long run with betas of 0.9 and 0.999. Rounded moments would allow larger ones,
+    which are cut off. With beta1² > beta2 that bound grows without end, and is dropped when it is above 1e17.
 
 With (2), m = 0 gives no step and a block of zeros stays zero: there is no 0/0 while eps > 0. The set of roots
 is what 4-bit optimizers (arXiv 2309.01507) leave zero out of, for the same reason.
 
 The random numbers are a hash of the element's place in its parameter and of the number of the step: the same
 in every run, on every device, in every replica, and after loading. A NaN or infinite gradient spoils its
-block.
+block: parameters become NaN, but with Lion stay where they are, since the sign of NaN is 0.
 """
 
 from __future__ import annotations
@@ -98,10 +98,14 @@ class Step:
 
         By the inequality of Cauchy and Schwarz: the mean is Σ aᵢ gᵢ, the corrected square Σ bᵢ gᵢ².
         """
-        quotient = self.beta1**2 / self.beta2 if self.beta2 else 0.0
+        if self.rule != "adam":
+            return math.inf
+        quotient = self.beta1**2 / self.beta2 if self.beta2 else math.inf if self.beta1 else 0.0
+        if self.number * math.log(max(quotient, 1.0)) > 80:  # its square is beyond any use
+            return math.inf
         powers = self.number if quotient == 1 else (1 - quotient**self.number) / (1 - quotient)
         squares = (1 - self.beta1) ** 2 * (1 - self.beta2**self.number) / (1 - self.beta2) * powers
-        return f32(math.sqrt(squares) * (1 + 1e-6)) if self.rule == "adam" else math.inf
+        return f32(math.sqrt(squares) * (1 + 1e-6))
 
     @property
     def shrink(self) -> float:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewbits import backends, moments, optim
 from fewbits.optim import AdamW8bit, AdamW32bit, BlockwiseOptimizer, Lion8bit, Lion32bit, SGD8bit
+
+from .conftest import parameters, take_steps, tensors
 
 Make = Callable[[Any], BlockwiseOptimizer]
 MAKE: dict[str, Make] = {
@@ -34,27 +36,6 @@ ARITHMETIC = {f"aten::{name}" for name in ("mul", "add", "sub", "div", "sqrt", "
 every_optimizer = pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
 main_optimizers = pytest.mark.parametrize("make", [MAKE[n] for n in ("AdamW8bit", "Lion8bit", "SGD8bit")])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
-    """Of 8-bit states, the last block short; of 32-bit states; a scalar; an empty one."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(70, 61), (33,), (), (0, 5)]
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def take_steps(optimizer: BlockwiseOptimizer, params: list[nn.Parameter], steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
-        return [t for inner in value.values() for t in tensors(inner)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
@@ -242,9 +223,75 @@ def test_keep_32bit_holds_through_copies_and_files():
     take_steps(optimizer, copied, 1)
     kinds = [optimizer.state[p]["exp_avg_sq"].dtype for p in copied]
     assert kinds == [torch.uint8, torch.uint8, torch.float32]
-    fresh = AdamW8bit([{"params": params[:1]}, {"params": params[1:]}])
+    fresh = AdamW8bit([{"params": params[:1]}, {"params": params[1:]}], keep_32bit=[params[2]])
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.param_groups[1]["keep_32bit"] == [1]
+    assert [fresh.state[p]["exp_avg_sq"].dtype for p in params] == kinds
+
+
+@pytest.mark.parametrize("theirs", [{"keep_32bit": [0]}, {"min_8bit_size": 10**6}], ids=str)
+def test_what_is_in_8_bits_is_not_up_to_the_file(theirs):
+    param = nn.Parameter(torch.randn(5000))
+    kept = AdamW8bit([{"params": [param], **theirs}])
+    take_steps(kept, [param], 1)
+    fresh = AdamW8bit([param])
+    for source in (kept, fresh):
+        fresh.load_state_dict(source.state_dict())
+        assert fresh.state[param]["exp_avg"].dtype == torch.uint8
+        assert fresh.param_groups[0]["keep_32bit"] == []
+        assert fresh.param_groups[0]["min_8bit_size"] == 4096
+    kept.load_state_dict(fresh.state_dict())
+    assert kept.state[param]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_a_group_keeps_states_in_32_bits(by_place):
+    params = [nn.Parameter(torch.randn(5000)) for _ in range(4)]
+    optimizer = AdamW8bit(
+        [{"params": params[:2], "keep_32bit": [1] if by_place else [params[1]]}], keep_32bit=[params[0]]
+    )
+    optimizer.add_param_group({"params": params[2:], "keep_32bit": [1 if by_place else params[3]]})
+    assert [group["keep_32bit"] for group in optimizer.param_groups] == [[0, 1], [1]]
+    take_steps(optimizer, params, 1)
+    kinds = [optimizer.state[p]["exp_avg"].dtype for p in params]
+    assert kinds == [torch.float32, torch.float32, torch.uint8, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_32bit": [2]}, "keep_32bit of a group holds some of its 2 parameters"),
+        ({"keep_32bit": [-1]}, "keep_32bit of a group"),
+        ({"keep_32bit": ["x"]}, "keep_32bit of a group"),
+        ({"keep_32bit": [torch.ones(3)]}, "keep_32bit of a group"),
+        ({"lr": -1.0}, "lr is at least 0 and below inf, got -1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\] is at least 0 and below 1.0"),
+        ({"betas": (0.9,)}, r"betas are two numbers, got \(0.9,\)"),
+        ({"weight_decay": -0.1}, "weight_decay is at least 0"),
+        ({"min_8bit_size": -1}, "min_8bit_size is a number of elements"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused_and_not_added(options, message):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    with pytest.raises(ValueError, match=message):
+        AdamW8bit([{"params": params[1:], **options}])
+    optimizer = AdamW8bit(params[:1])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": params[1:], **options})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": params[1:]})
+
+
+def test_steps_of_any_number_can_be_taken_with_any_betas():
+    param = nn.Parameter(torch.ones(300))
+    optimizer = AdamW8bit([param], betas=(0.9, 0.5), min_8bit_size=0)
+    param.grad = torch.ones(300)
+    optimizer.step()
+    for number in (374, 375, 10**6):
+        optimizer.state[param]["step"] = number
+        before = param.detach().clone()
+        optimizer.step()
+        assert 0 < float((before - param.detach()).max()) < 2e-3
 
 
 def test_memory_is_that_of_the_states():
@@ -299,80 +346,6 @@ def test_gradients_that_cannot_be_used_are_refused():
 def test_arguments_that_mean_nothing_here_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make([nn.Parameter(torch.ones(3))])
-
-
-# --- state dicts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_states_of_torch_adamw_are_taken_over(dtype):
-    params = parameters(dtype)
-    theirs = torch.optim.AdamW(params, lr=3e-3, betas=(0.8, 0.99))
-    take_steps(theirs, params, 5)
-    mine = AdamW8bit(params)
-    mine.load_state_dict(theirs.state_dict())
-    assert mine.param_groups[0]["lr"] == 3e-3
-    assert mine.param_groups[0]["betas"] == (0.8, 0.99)
-    state = mine.state[params[0]]
-    assert state["step"] == 5
-    found = moments.load(moments.Moment(state["exp_avg_sq"], state["exp_avg_sq_scale"]), moments.SECOND)
-    exact = theirs.state[params[0]]["exp_avg_sq"].float()
-    assert float((found - exact).norm() / exact.norm()) < 0.02
-    assert torch.equal(mine.state[params[1]]["exp_avg"], theirs.state[params[1]]["exp_avg"].float())
-
-
-def broken(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    param = nn.Parameter(torch.randn(70, 100))
-    optimizer = AdamW8bit([param])
-    take_steps(optimizer, [param], 1)
-    saved = copy.deepcopy(optimizer.state_dict())
-    change(saved)
-    return saved
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda s: s["state"][0].update(exp_avg=torch.zeros(7, 10, dtype=torch.uint8)),
-            r"parameter 0 \[70, 100\]: exp_avg has shape \[7, 10\], not \[70, 100\]",
-        ),
-        (lambda s: s["state"][0].pop("exp_avg_scale"), r"exp_avg is torch.uint8 and has no scale"),
-        (
-            lambda s: s["state"][0].update(exp_avg_scale=torch.zeros(27)),
-            "exp_avg has 27 scales; blocks of 256 need 28",
-        ),
-        (
-            lambda s: s["state"][0].update(exp_avg_scale=torch.zeros(28, dtype=torch.float16)),
-            "exp_avg is torch.uint8 with scales torch.float16",
-        ),
-        (lambda s: s["state"][0].pop("exp_avg_sq"), "this optimizer takes step, exp_avg, exp_avg_sq"),
-        (lambda s: s["state"][0].pop("step"), "takes step"),
-        (lambda s: s["param_groups"][0].update(amsgrad=True), "saved with amsgrad=True"),
-        (lambda s: s["param_groups"].append(s["param_groups"][0]), "different number of parameter groups"),
-        (lambda s: s["param_groups"][0]["params"].append(1), "doesn't match the size"),
-    ],
-)
-def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message):
-    param = nn.Parameter(torch.randn(70, 100))
-    optimizer = AdamW8bit([param])
-    take_steps(optimizer, [param], 2)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(broken(change))
-    after = optimizer.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(after), strict=True))
-
-
-def test_states_of_another_kind_of_optimizer_are_refused():
-    param = nn.Parameter(torch.randn(70, 100))
-    lion = Lion8bit([param])
-    take_steps(lion, [param], 1)
-    with pytest.raises(ValueError, match="has exp_avg, exp_avg_scale, step; this optimizer takes"):
-        AdamW8bit([param]).load_state_dict(lion.state_dict())
-    with pytest.raises(ValueError, match="optimizer of another kind"):
-        SGD8bit([param], 0.1, 0.9).load_state_dict(lion.state_dict())
 
 
 # --- cost -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, overload
 
@@ -60,7 +60,8 @@ class BlockwiseOptimizer(Optimizer):
 
     Further entries of a group, beside `lr`, `weight_decay` and so on:
         min_8bit_size     states of smaller parameters stay in float32
-        keep_32bit        places in the group of parameters whose states do so as well
+        keep_32bit        parameters of the group whose states do so as well, or their places in it; kept as
+                          places
 
     All parameters of a group on the same device are updated in a few large calls; nothing waits for the
     device. Temporary memory does not depend on the size of the parameters.
@@ -76,13 +77,26 @@ class BlockwiseOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], min_8bit_size: int, keep_32bit: Iterable[Tensor]
     ) -> None:
+        defaults = {**defaults, "min_8bit_size": min_8bit_size}
         _check_hyperparameters(defaults)
-        if min_8bit_size < 0:
-            raise ValueError(f"min_8bit_size is a number of elements, at least 0; got {min_8bit_size}")
-        super().__init__(params, {**defaults, "min_8bit_size": min_8bit_size})
+        super().__init__(params, defaults)
         kept = {id(param) for param in keep_32bit}
         for group in self.param_groups:
-            group["keep_32bit"] = [i for i, param in enumerate(group["params"]) if id(param) in kept]
+            also = (place for place, param in enumerate(group["params"]) if id(param) in kept)
+            group["keep_32bit"] = sorted({*group["keep_32bit"], *also})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ValueError for impossible hyperparameters, or a `keep_32bit` of other groups."""
+        _check_hyperparameters({**self.defaults, **param_group})
+        given = dict(param_group)
+        kept = given.pop("keep_32bit", ())
+        super().add_param_group(given)
+        group = self.param_groups[-1]
+        try:
+            group["keep_32bit"] = _places(kept, group["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @abstractmethod
     def _step_of(self, group: dict[str, Any], number: int) -> Step:
@@ -122,16 +136,19 @@ class BlockwiseOptimizer(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer, of bitsandbytes' or of torch's (`exp_avg`, … in any dtype).
+        """Load a state dict of this optimizer, of bitsandbytes', or of torch's Adam, AdamW or SGD.
 
-        States are stored in 8 or 32 bits as this optimizer stores them, whatever the file has. ValueError,
-        naming the parameter, where shapes, dtypes, lengths or maps are not what such a state has. Hooks that
-        run after loading see no states yet.
+        States are stored in 8 or 32 bits as this optimizer stores them, whatever the file has: its own
+        `min_8bit_size` and `keep_32bit` stay. ValueError, naming the parameter, where shapes, dtypes, lengths
+        or maps are not what such a state has. Hooks that run after loading see no states yet.
         """
+        states.check_form(state_dict)
         groups = [
-            {**_options(mine), **states.group(theirs, mine)}
+            {**_options(mine), **states.group(theirs, mine), **_storage(mine)}
             for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False)
         ] + state_dict["param_groups"][len(self.param_groups) :]
+        for group in groups:
+            _check_hyperparameters(group)
         names = [number for group in groups for number in group["params"]]
         saved = state_dict["state"]
         known = dict(zip(names, self._placed(), strict=False))
@@ -171,11 +188,13 @@ class BlockwiseOptimizer(Optimizer):
                 state[f"{name}_scale"] = moment.scale
         return state
 
-    def _loaded(self, saved: dict[str, Any], number: int, param: Tensor, in_8bit: bool) -> dict[str, Any]:
+    def _loaded(self, saved: object, number: int, param: Tensor, in_8bit: bool) -> dict[str, Any]:
         what = f"the state of parameter {number} {list(param.shape)}"
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{what} is {type(saved).__name__}, and holds no moments by name")
         local = local_part(param)
         here = {
-            key: local_part(value).to(local.device, copy=True) if _is_tensor_of(key, value) else value
+            key: _copied(local_part(value), local.device) if _is_tensor_of(key, value) else value
             for key, value in states.flat(saved).items()
         }
         stored = states.read(here, self.moment_names, tuple(local.shape), what)
@@ -248,6 +267,11 @@ def _like_dtensor(local: Tensor, like: Any) -> Tensor:
     return made
 
 
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """Row by row, as states lie: those of torch's optimizers have the strides of their parameters."""
+    return tensor.to(device, copy=True).contiguous()
+
+
 def _is_tensor_of(key: str, value: object) -> bool:
     return isinstance(value, Tensor) and key != "step"
 
@@ -276,10 +300,33 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _storage(group: dict[str, Any]) -> dict[str, Any]:
+    """What decides which states of a group are in 8 bits."""
+    return {"min_8bit_size": group["min_8bit_size"], "keep_32bit": list(group.get("keep_32bit", ()))}
+
+
+def _places(kept: Iterable[Tensor | int], params: list[Tensor]) -> list[int]:
+    """Where in a group the parameters `kept` are, which may be given by their places."""
+    places = {id(param): place for place, param in enumerate(params)}
+    found = {places.get(id(entry), -1) if isinstance(entry, Tensor) else entry for entry in kept}
+    if not all(type(place) is int and 0 <= place < len(params) for place in found):
+        raise ValueError(
+            f"keep_32bit of a group holds some of its {len(params)} parameters, or their places in it; got "
+            "something else"
+        )
+    return sorted(found)
+
+
 def _check_hyperparameters(values: dict[str, Any]) -> None:
     limits = {"lr": math.inf, "eps": math.inf, "weight_decay": math.inf, "momentum": 1.0}
     given = {key: value for key, value in values.items() if key in limits}
-    given |= {f"betas[{i}]": beta for i, beta in enumerate(values.get("betas", ()))}
+    betas = values.get("betas", (0.0, 0.0))
+    if len(betas) != 2:
+        raise ValueError(f"betas are two numbers, got {betas!r}")
+    given |= {f"betas[{i}]": beta for i, beta in enumerate(betas)}
+    size = values.get("min_8bit_size", 0)
+    if size < 0:
+        raise ValueError(f"min_8bit_size is a number of elements, at least 0; got {size}")
     for name, value in given.items():
         limit = limits.get(name, 1.0)
         if not 0 <= float(value) < limit:

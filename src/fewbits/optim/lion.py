@@ -17,7 +17,8 @@ class Lion8bit(BlockwiseOptimizer):
 
     Each parameter moves by `lr` against the sign of a mean of gradients; weight decay is decoupled. The
     arguments are those of bitsandbytes' class of this name, and `min_8bit_size`, `is_paged` and `keep_32bit`
-    as in `fewbits.optim.AdamW8bit`.
+    as in `fewbits.optim.AdamW8bit`. After a NaN gradient its block of 256 elements does not move any more, as
+    the sign of NaN is 0: check gradients.
     """
 
     moment_names: ClassVar[tuple[str, ...]] = ("exp_avg",)

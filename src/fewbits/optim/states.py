@@ -42,7 +42,7 @@ class Stored:
             for moment, book, target in zip(self.moments, self.books, wanted, strict=True)
         ]
         return [
-            moment if as_it_is else moments.store(self._values(number), target)
+            _exact(moment) if as_it_is else moments.store(self._values(number), target)
             for number, (moment, target, as_it_is) in enumerate(zip(self.moments, wanted, same, strict=True))
         ]
 
@@ -58,14 +58,36 @@ class Stored:
         return torch.where(self._values(0) != 0, above, values)
 
 
+def _exact(moment: Moment) -> Moment:
+    """As it is, in float32 where it has no codes."""
+    return moment if moment.scale is not None else Moment(moment.codes.float(), None)
+
+
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """ValueError for what is no state dict of an optimizer."""
+    groups = state_dict.get("param_groups")
+    if (
+        not isinstance(state_dict.get("state"), Mapping)
+        or not isinstance(groups, list)
+        or not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+    ):
+        raise ValueError(
+            f"a state dict of an optimizer has state and param_groups with params, got {sorted(state_dict)}"
+        )
+
+
 def flat(saved: Mapping[str, Any]) -> dict[str, Any]:
     """One level, whether or not bitsandbytes wrapped its tensors."""
     wrapped = saved.get(_WRAPPED, {})
+    if not isinstance(wrapped, Mapping):
+        raise ValueError(f"{_WRAPPED} of a state holds its tensors by name, got {type(wrapped).__name__}")
     return {**{key: value for key, value in saved.items() if key != _WRAPPED}, **wrapped}
 
 
 def read(saved: Mapping[str, Any], names: Sequence[str], shape: tuple[int, ...], what: str) -> Stored:
     """The state of a parameter of `shape`, with moments called `names`; `what` is its name in errors."""
+    if "momentum_buffer" in saved:  # torch.optim.SGD counts no steps; here they only seed the rounding
+        saved = {"step": 1, **saved}
     theirs = "state1" in saved
     keys = [f"state{i + 1}" for i in range(len(names))] if theirs else list(names)
     scales = [f"absmax{i + 1}" if theirs else f"{name}_scale" for i, name in enumerate(names)]
@@ -76,6 +98,13 @@ def read(saved: Mapping[str, Any], names: Sequence[str], shape: tuple[int, ...],
             f"{what} has {', '.join(sorted(saved))}; this optimizer takes step, {', '.join(keys)}. "
             "It was saved by an optimizer of another kind"
         )
+    step = saved["step"]
+    counted = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
+    if not counted or not 0 <= step < 2**53:
+        raise ValueError(f"{what}: step is a number of steps, at least 0; got {step!r}")
+    for key in (*keys, *(scale for scale in scales if saved.get(scale) is not None)):
+        if not isinstance(saved[key], Tensor):
+            raise ValueError(f"{what}: {key} is {type(saved[key]).__name__} and no tensor")
     found = tuple(Moment(saved[key], saved.get(scale)) for key, scale in zip(keys, scales, strict=True))
     blocks = {_check(moment, key, shape, theirs, what) for moment, key in zip(found, keys, strict=True)}
     if len(blocks) > 1:
@@ -85,7 +114,7 @@ def read(saved: Mapping[str, Any], names: Sequence[str], shape: tuple[int, ...],
         for number, moment in enumerate(found):
             _check_map(saved, f"qmap{number + 1}", moment, _THEIR_BOOKS[number], what)
     books = (_THEIR_BOOKS if theirs else ours)[: len(names)]
-    return Stored(int(saved["step"]), found, books, blocks.pop(), theirs)
+    return Stored(int(step), found, books, blocks.pop(), theirs)
 
 
 def group(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +125,13 @@ def group(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
                 f"the state dict was saved with {key}={saved[key]!r}, which 8-bit optimizers do not have"
             )
     taken = dict(saved)
+    coupled = taken.pop("decoupled_weight_decay", True) is False  # torch.optim.Adam
+    if coupled and saved.get("weight_decay"):
+        raise ValueError(
+            f"the state dict was saved by torch.optim.Adam, which adds a weight_decay of "
+            f"{saved['weight_decay']!r} to the gradient; 8-bit optimizers do not. Set it to 0 in its "
+            "param_groups to load the states, and choose a decoupled one afterwards"
+        )
     if "momentum" in mine and "momentum" not in saved and "betas" in saved:  # bitsandbytes' SGD
         taken["momentum"] = taken.pop("betas")[0]
         taken.pop("eps", None)

@@ -1,4 +1,4 @@
-"""Steps of optimizers with the CPU library, bit for bit as `fewbits.moments`."""
+"""Steps of optimizers with the CPU library, bit for bit as `fewbits.moments` for finite gradients."""
 
 from __future__ import annotations
 

@@ -124,6 +124,10 @@ class TestRefusing:
             ({"alpha_pattern": [1]}, "alpha_pattern maps no names"),
             ({"rank_pattern": {"(a*)*b": 2}}, "no simple expression"),
             ({"rank_pattern": {".*.*.*.*x": 2}}, "no simple expression"),
+            ({"rank_pattern": {"a?" * 24 + "a" * 24: 2}}, "no simple expression"),
+            ({"rank_pattern": {"(a|aa)" * 40 + "b": 2}}, "no simple expression"),
+            ({"rank_pattern": {"\\\\*" * 60 + "b": 2}}, "no simple expression"),
+            ({"rank_pattern": {"(?x:(a|aa) *b)": 2}}, "no simple expression"),
             ({"rank_pattern": {"(": 2}}, "no simple expression"),
             ({"target_parameters": "experts"}, "target_parameters"),
         ],
@@ -152,6 +156,25 @@ class TestRefusing:
     )
     def test_tensors(self, new: New, tensors: dict[str, Tensor], said: str) -> None:
         assert said in refusal(new(tensors))
+
+    def test_long_names(self, new: New) -> None:
+        fine = open_adapter(new(pair(f"base_model.model.{'a' * 460}")))
+        assert len(fine.branches) == 1
+        assert "names of more than 500 characters" in refusal(new(pair(f"base_model.model.{'a.' * 300}q")))
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            "q_proj",
+            r"layers\.\d+\.mlp",
+            r".*\.layers\.[0-3]\..*q_proj",
+            r"model\.layers\.(0|1|2)\.self_attn\.(q|k)_proj",
+            r"layers\.(?:0|1)\..*?_proj",
+            r"^model\.layers\.1.*v_proj",
+        ],
+    )
+    def test_common_patterns_are_not_refused(self, new: New, pattern: str) -> None:
+        assert open_adapter(new(rank_pattern={pattern: 2})).config["rank_pattern"] == {pattern: 2}
 
     def test_pickles(self, new: New) -> None:
         path = new()

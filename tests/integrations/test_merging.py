@@ -297,6 +297,22 @@ class TestRefusing:
         tensors = self.pair(self.Q) | self.pair(f"{self.Q}.base_layer")
         assert "have no place" in self.refusal(checkpoint("llama"), tmp_path, tensors)
 
+    @pytest.mark.parametrize("part", ["pair", "saved"])
+    def test_two_names_for_one_tensor(self, checkpoint, tmp_path, part):
+        """`bert.` in front is what a model with a head calls a bare encoder's modules."""
+        module = "encoder.layer.0.attention.self.query"
+        tensors: Merged = {}
+        for place, prefix in enumerate(("bert.", "")):
+            name = f"base_model.model.{prefix}{module}"
+            if part == "saved":
+                tensors[f"{name}.weight"] = torch.full((64, 64), float(place))
+            else:
+                tensors |= self.pair(name)
+        said = self.refusal(checkpoint("bert"), tmp_path, tensors)
+        assert "are two names for one change of" in said
+        assert f"base_model.model.{module}" in said
+        assert f"base_model.model.bert.{module}" in said
+
     def test_a_base_that_is_quantized(self, checkpoint, tmp_path, load):
         (tmp_path / "adapter").mkdir()
         load(checkpoint("llama"), NF4).save_pretrained(tmp_path / "quantized")

@@ -30,6 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _BLOCK = 2**22  # weights in float32 at a time, 16 MiB
 _MAX_BYTES = 10_000_000  # of the config, and of a card
 _MAX_PATTERNS, _MAX_PATTERN = 10_000, 300  # number of patterns; characters of one
+_MAX_NAME = 500  # characters, as patterns take time that grows with a power of them
 _PREFIX = "base_model.model."
 _AGAIN = "save the adapter again with PEFT's save_pretrained"
 
@@ -282,12 +283,16 @@ def _check_settings(config: Mapping[str, Any]) -> None:
 
 def _check_pattern(pattern: str) -> None:
     """Refuse regular expressions that could take forever: they come from a file."""
-    unbounded = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)  # without what is escaped
+    repeats = len(re.findall(r"(?<!\()[*+{?][?+]?", bare))
+    groups = bare.count("(") if "|" in bare else 0
+    # A repeated group, or one with flags, of which "verbose" would hide what is repeated.
+    odd = re.search(r"\)\s*[*+{?]|\(\?(?!:)", bare)
     try:
         re.compile(f"(?:{pattern})")
     except (re.error, RecursionError, OverflowError):
-        unbounded = 99
-    if len(pattern) > _MAX_PATTERN or unbounded > 2 or re.search(r"\)[*+{?]", pattern):
+        repeats = 99
+    if len(pattern) > _MAX_PATTERN or repeats > 2 or groups > 2 or odd:
         raise CheckpointError(
             f"{ADAPTER_CONFIG}: the pattern {_short(pattern)} is no name and no simple expression; "
             "spell it out"
@@ -331,6 +336,11 @@ def _sorted(folder: Folder) -> tuple[list[Branch], dict[str, str]]:
     parts: dict[tuple[str, int], dict[str, str]] = {}
     saved: dict[str, str] = {}
     odd = []
+    if long := [tensor for tensor in folder.files if len(tensor) > _MAX_NAME]:
+        raise CheckpointError(
+            f"{ADAPTER_WEIGHTS} has {len(long)} tensors with names of more than {_MAX_NAME} characters: "
+            f"{some(long)}; {_AGAIN}"
+        )
     for tensor in folder.files:
         name = tensor.removeprefix(_PREFIX)
         found = next(((match, part) for one, part in _SUFFIXES if (match := one.fullmatch(name))), None)

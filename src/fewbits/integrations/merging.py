@@ -221,6 +221,7 @@ def _changes(adapter: Adapter, model: Any, files: Iterable[str]) -> dict[str, Ch
         if target is None:
             homeless.append(tensor)
         else:
+            _check_free(target, tensor, found.get(target, Change()).saved)
             found[target] = Change(saved=tensor)
     branches: dict[str, list[Branch]] = {}
     for branch in adapter.branches:
@@ -238,8 +239,10 @@ def _changes(adapter: Adapter, model: Any, files: Iterable[str]) -> dict[str, Ch
                 homeless.append(branch.bias)
                 continue
             before = found.get(target, Change())
+            _check_free(target, branch.a, before.branch.a if before.branch else "")
             found[target] = replace(before, branch=branch, rank=rank, scale=scale, turned=turned)
             if branch.bias and bias:
+                _check_free(bias, branch.bias, found.get(bias, Change()).bias)
                 found[bias] = replace(found.get(bias, Change()), bias=branch.bias, scale=scale)
     if homeless:
         raise CheckpointError(
@@ -247,6 +250,15 @@ def _changes(adapter: Adapter, model: Any, files: Iterable[str]) -> dict[str, Ch
             f"{some(homeless)}; is the adapter of another model?"
         )
     return _without_ties(adapter, model, found)
+
+
+def _check_free(target: str, tensor: str, before: str) -> None:
+    """CheckpointError for two tensors of the adapter, `before` and `tensor`, that would do the same."""
+    if before:
+        raise CheckpointError(
+            f"{ADAPTER_WEIGHTS}: {shown(before)} and {shown(tensor)} are two names for one change of "
+            f"{shown(target)}; remove the one that was not trained"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fewbits import FewbitsConfig
 from fewbits.checkpoint.adapter import open_adapter
+from fewbits.cli import merge_bases
 from fewbits.cli.merge_choice import Trial, decide
 from fewbits.integrations.merge_files import merge_adapter
 
@@ -260,12 +262,26 @@ class TestRefusing:
             (("--quantized", "BASE"), "is not quantized"),
             (("--format", "nf5"), "unknown format"),
             (("--tokens", "9999"), "at most 256 tokens"),
+            (("--base", "original", "--format", "nf4"), "leave out --format, --int8"),
+            (("--base", "original", "--int8"), "leave out --format, --int8"),
+            (("--base", "original", "--samples", "4"), "the only base is the original one"),
+            (("--base", "dequantized", "--text", "TEXT"), "the only base is the dequantized one"),
         ],
     )
     def test_options(self, inside, demo_model, adapter, tmp_path, options, said):
-        words = [demo_model if word == "BASE" else word for word in options]
+        (tmp_path / "text.txt").write_text("A text.")
+        there = {"BASE": demo_model, "TEXT": tmp_path / "text.txt"}
+        words = [there.get(word, word) for word in options]
         assert said in one_line(inside("merge", demo_model, adapter, tmp_path / "out", *words))
         assert not (tmp_path / "out").exists()
+
+    def test_what_an_interrupted_run_left_before_models_are_compared(
+        self, inside, demo_model, adapter, tmp_path, monkeypatch
+    ):
+        (tmp_path / "out.partial" / ".job").mkdir(parents=True)
+        monkeypatch.setattr(sys.modules["fewbits.cli.merge"], "choose", None)  # would fail otherwise
+        said = one_line(inside("merge", demo_model, adapter, tmp_path / "out"))
+        assert "is what an interrupted run left; --resume goes on with it" in said
 
     def test_the_original_of_a_quantized_base(self, inside, demo_model, adapter, tmp_path):
         inside("quantize", demo_model, tmp_path / "nf4")
@@ -298,6 +314,32 @@ class TestRefusing:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         assert "make room" in one_line(inside("merge", demo_model, adapter, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["locked", "long", "junk", "nul"])
+def test_a_foreign_base_that_cannot_be_read_says_nothing(inside, demo_model, tmp_path, monkeypatch, kind):
+    """The folder that an adapter's config names may be anything."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{" if kind == "junk" else '{"model_type": "llama"}')
+    if kind == "locked":
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(merge_bases, "read_config", refuse)
+    name = {"long": "a" * 5000, "nul": "a\0b"}.get(kind, str(base))
+    adapter = new_adapter(tmp_path / "adapter", demo_model, base_model_name_or_path=name)
+    done = inside("merge", demo_model, adapter, tmp_path / "out", "--base", "dequantized")
+    assert done.returncode == 0, done.stderr
+    assert "the usual way, because nothing says how" in words(done.stderr)
+
+
+def test_no_copy_is_timed(inside, demo_model, adapter, tmp_path, monkeypatch):
+    """It would write up to 256 MB that nothing is said of."""
+    monkeypatch.setattr("fewbits.cli.running.secrets", None)  # what names the copy
+    done = inside("merge", demo_model, adapter, tmp_path / "out", "--base", "original")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupt_leaves_nothing(inside, demo_model, adapter, tmp_path, monkeypatch):

@@ -94,7 +94,8 @@ def merge(
     check_is_folder(adapter)
     found = open_adapter(adapter)
     bases = find_bases(source, found, Trained(format, int8, config, quantized), base)
-    _check_startable(bases, found, out, again)
+    test = Trial(text, samples, tokens, seed, batch)
+    _check_startable(bases, found, out, test, again=again, go_on=resume or overwrite)
     _check_adapter(found)
     if bases.assumed and not quiet:
         messages().print(
@@ -105,7 +106,7 @@ def merge(
         )
     choice = None
     if len(bases.choices) > 1:
-        choice = choose(bases.choices, found, Trial(text, samples, tokens, seed, batch), quiet=quiet)
+        choice = choose(bases.choices, found, test, quiet=quiet)
     name = choice.chosen if choice else next(iter(bases.choices))
     planned = _planned(bases, name, found, out, again, parse_bytes(max_shard_size), base_model)
     timing = _run(planned, threads or usable_cores(), resume, overwrite, quiet)
@@ -133,10 +134,20 @@ def _planned(
     )
 
 
-def _check_startable(bases: Bases, adapter: Adapter, out: Path, again: bool) -> None:
-    """What can be refused before models are compared is."""
+def _check_startable(
+    bases: Bases, adapter: Adapter, out: Path, test: Trial, *, again: bool, go_on: bool
+) -> None:
+    """What can be refused before models are compared is. go_on: whether what an interrupted run left is in
+    order."""
+    if len(bases.choices) == 1 and (test.text is not None or test.count is not None):
+        raise ValueError(
+            f"--text and --samples are for a comparison, and the only base is the "
+            f"{next(iter(bases.choices))} one; leave them out, or compare: an original base without --base"
+        )
     for name in bases.choices:
         job = _planned(bases, name, adapter, out, again, 2**60, None).job
+        if not go_on:
+            check_start(job, join=False)
         check_disk(job, job.shards)
 
 

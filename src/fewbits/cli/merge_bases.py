@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewbits.checkpoint.adapter import Adapter
 from fewbits.checkpoint.finish import model_name
 from fewbits.checkpoint.folder import Folder, read_config
-from fewbits.checkpoint.safetensors import shown
+from fewbits.checkpoint.safetensors import CheckpointError, shown
 from fewbits.cli.common import find_model
 from fewbits.cli.jobs import DEFAULT_FORMAT, Config, Request, chosen_config, config_of
 
@@ -59,6 +60,11 @@ def find_bases(source: str, adapter: Adapter, trained: Trained, wanted: str | No
     )
     if sum(given) > 1:
         raise ValueError("--format, --int8, --config and --quantized exclude each other; give one of them")
+    if wanted == ORIGINAL and trained.given:
+        raise ValueError(
+            f"--base {ORIGINAL} takes the weights as they are: leave out --format, --int8, --config and "
+            "--quantized, or the --base"
+        )
     folder = open_base(find_model(source))
     if isinstance(folder, DecodedFolder):
         if trained.given or wanted == ORIGINAL:
@@ -118,11 +124,21 @@ def _hints(adapter: Adapter) -> list[tuple[Config, str]]:
     settings of the quantization.
     """
     found: list[tuple[Config, str]] = []
-    base = Path(adapter.trained_on)
-    if adapter.trained_on and (base / "config.json").is_file():
-        options = read_config(base).get("quantization_config")
-        if options and options.get("quant_method") in ("bitsandbytes", "fewbits"):
-            found.append((config_of(options, f"{base}/config.json"), f"as {shown(str(base))} is quantized"))
+    options = _options_of(adapter.trained_on) if adapter.trained_on else {}
+    if options.get("quant_method") in ("bitsandbytes", "fewbits"):
+        called = shown(adapter.trained_on)
+        found.append((config_of(options, f"{called}/config.json"), f"as {called} is quantized"))
     if adapter.quantization is not None:
         found.append((config_of(dict(adapter.quantization), "README.md"), "as the adapter's README.md says"))
     return found
+
+
+def _options_of(base: str) -> dict[str, Any]:
+    """The quantization config of the checkpoint in the folder `base`; {} for whatever cannot be read."""
+    if not os.path.isfile(os.path.join(base, "config.json")):  # False, too, for names that cannot be
+        return {}
+    try:
+        options = read_config(Path(base)).get("quantization_config")
+    except (OSError, CheckpointError):
+        return {}
+    return options if isinstance(options, dict) else {}

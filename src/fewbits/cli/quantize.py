@@ -28,7 +28,7 @@ from fewbits.cli.common import (
     results,
 )
 from fewbits.cli.jobs import Planned, Request, part_name, part_of, plan_job
-from fewbits.cli.running import Timing, check_free, check_source, explained, silence, timed_work
+from fewbits.cli.running import Timing, check_free, check_source, copy_rate, explained, silence, timed_work
 from fewbits.machine import peak_resident_bytes, usable_cores
 from fewbits.report import Report
 
@@ -100,12 +100,12 @@ def quantize(
     with explained(job):
         seconds = check_source(job, part, threads, quiet)
         with session(job, part_name(worker), join=join):
-            timing = timed_work(job, part, threads, limit, seconds, "quantizing", quiet)
+            rate, timing = copy_rate(job), timed_work(job, part, threads, limit, seconds, "quantizing", quiet)
             if worker is None:
                 finish(out, overwrite=overwrite)
     if not quiet:
-        _note(planned, timing, worker)
-    _show_result(planned, part, timing, worker, threads, as_json)
+        _note(planned, timing, rate, worker)
+    _show_result(planned, part, timing, rate, worker, threads, as_json)
 
 
 def memory_limit(planned: Planned, threads: int) -> int:
@@ -116,16 +116,12 @@ def memory_limit(planned: Planned, threads: int) -> int:
 # --- what is shown ----------------------------------------------------------------------------------
 
 
-def _note(planned: Planned, timing: Timing, worker: str | None) -> None:
+def _note(planned: Planned, timing: Timing, copying: float, worker: str | None) -> None:
     console = messages()
     if planned.left:
         console.print(f"left behind: {', '.join(planned.left)}", style="dim", markup=False)
     rate = f"{timing.nbytes / max(timing.seconds, 1e-9) / 1e9:.3f} GB/s"
-    copy = (
-        f"a plain copy runs at {timing.copy_rate / 1e9:.3f} GB/s"
-        if timing.copy_rate
-        else "no room to time a copy"
-    )
+    copy = f"a plain copy runs at {copying / 1e9:.3f} GB/s" if copying else "no room to time a copy"
     console.print(
         f"checked {format_bytes(timing.nbytes)} in {timing.check_seconds:.1f} s, quantized it in "
         f"{timing.seconds:.1f} s: {rate}; {copy}; memory peak {format_bytes(peak_resident_bytes())}",
@@ -142,6 +138,7 @@ def _show_result(
     planned: Planned,
     part: Sequence[Shard],
     timing: Timing,
+    copying: float,
     worker: str | None,
     threads: int,
     as_json: bool,
@@ -160,7 +157,7 @@ def _show_result(
                 "check_seconds": timing.check_seconds,
                 "quantize_seconds": timing.seconds,
                 "bytes_per_second": timing.nbytes / max(timing.seconds, 1e-9),
-                "copy_bytes_per_second": timing.copy_rate,
+                "copy_bytes_per_second": copying,
                 "peak_memory_bytes": peak_resident_bytes(),
                 "memory_limit_bytes": memory_limit(planned, threads),
             }

@@ -29,12 +29,11 @@ _DISK_MARGIN = 2**24  # bytes for the files beside the weights
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the two passes over `nbytes` of source, and the rate of a plain copy in bytes/s."""
+    """Seconds of the two passes over `nbytes` of source."""
 
     nbytes: int
     check_seconds: float
     seconds: float
-    copy_rate: float
 
 
 def silence(quiet: bool) -> None:
@@ -67,7 +66,6 @@ def timed_work(
 ) -> Timing:
     """Do the shards `part` of a job, `threads` units at once within `memory` bytes. checked: the bytes and
     seconds of the check before; doing: what the progress bar calls it."""
-    copy_rate = _copy_rate(job)
     with byte_progress(quiet) as progress:
         task = progress.add_task(doing, total=_sources(job, part)[1])
         begin = time.perf_counter()
@@ -78,7 +76,7 @@ def timed_work(
             memory=memory,
             advance=lambda count: progress.update(task, advance=count),
         )
-        return Timing(*checked, time.perf_counter() - begin, copy_rate)
+        return Timing(*checked, time.perf_counter() - begin)
 
 
 def check_source(job: Job, part: Sequence[Shard], threads: int, quiet: bool) -> tuple[int, float]:
@@ -122,8 +120,8 @@ def check_disk(job: Job, left: Sequence[Shard]) -> None:
         )
 
 
-def _copy_rate(job: Job) -> float:
-    """Bytes/s of copying the source's files, or their beginning, to where the result goes."""
+def copy_rate(job: Job) -> float:
+    """Bytes/s of copying the source's files, or their beginning, to where the result goes; 0 without room."""
     target = job.partial / ".job" / f"copy.{secrets.token_hex(8)}.tmp"
     copied, begin = 0, time.perf_counter()
     try:

@@ -62,9 +62,8 @@ class _Before:
     def restore(self, layer: QuantMatrix) -> None:
         layer.overwrite(self.weight)
         _set_bias(layer, self.bias)
-        for known, value in ((layer.notes, self.note), (layer.relative_errors, self.relative_error)):
-            known.pop("weight", None)
-            known.update({} if value is None else {"weight": value})  # type: ignore[dict-item]
+        _put(layer.notes, self.note)
+        _put(layer.relative_errors, self.relative_error)
 
 
 class Merging:
@@ -250,6 +249,12 @@ def _digest(layer: QuantMatrix) -> bytes:
     for part in layer.quantized_weight().parts().values():
         found.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.digest()
+
+
+def _put(known: dict[str, Any], value: Any) -> None:
+    known.pop("weight", None)
+    if value is not None:
+        known["weight"] = value
 
 
 def _bias(layer: QuantMatrix) -> Tensor | None:

@@ -299,8 +299,9 @@ class QuantLinear(QuantMatrix, nn.Linear):
         return None if name is None else getattr(torch, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and ops.is_plain(x, self.bias):
-            plain = self._plain_forward(x)
+        bias = self.bias
+        if not torch.compiler.is_compiling() and ops.is_plain(x, bias):
+            plain = self._plain_forward(x, bias)
             if plain is not None:
                 return plain
         dtype = x.dtype
@@ -310,26 +311,25 @@ class QuantLinear(QuantMatrix, nn.Linear):
             computed = dtype = torch.get_autocast_dtype(place)
         shape = (self.out_features, self.in_features)
         x = x if computed is None else x.to(computed)
-        y: Tensor = torch.ops.fewbits.linear.default(x, self._parts(), self.bias, self._spelling, shape)
+        y: Tensor = torch.ops.fewbits.linear.default(x, self._parts(), bias, self._spelling, shape)
         return y.to(dtype)
 
-    def _plain_forward(self, x: Tensor) -> Tensor | None:
+    def _plain_forward(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product without torch's dispatcher, which takes longer than a small layer; None: not here."""
         if self.scheme.compute_dtype is not None and self.compute_dtype != x.dtype:
             return None
         parameters, buffers = self._parameters, self._buffers
-        tensors = [parameters.get(name, buffers.get(name)) for name in self.part_names("weight").values()]
-        if any(tensor is None for tensor in tensors):  # FSDP1 has views of a flat parameter in their place
-            return None
-        tensors.append(self.bias)
-        # The addresses say whether the parts are still the ones that `_fixed` was made for. Others may have
-        # come to the same place, which is as good, but for a bias of another dtype.
-        places = (
-            getattr(self.bias, "dtype", None),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        )
+        # Addresses say whether parts and bias are those that `_fixed` was made for. Others may have come to
+        # the same place, which is as good, but for a bias of another dtype.
+        found: list[object] = [] if bias is None else [bias.dtype, bias.data_ptr()]
+        for name in self.part_names("weight").values():
+            part = parameters.get(name, buffers.get(name))
+            if part is None:  # FSDP1 has views of a flat parameter in its place
+                return None
+            found.append(part.data_ptr())
+        places = tuple(found)
         if places != self._fixed[0]:
-            self._fixed = (places, ops.fixed_linear(self.quantized_weight(), self.bias, self.scheme))
+            self._fixed = (places, ops.fixed_linear(self.quantized_weight(), bias, self.scheme))
         fixed = self._fixed[1]
         return None if fixed is None else fixed(x)
 

@@ -122,7 +122,8 @@ def report(model: nn.Module) -> Report:
         entries += quantized
         if isinstance(module, TrainableInt8Linear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            entries.append(_trainable(_join(prefix, "weight"), module))
+            entry = _trainable(_join(prefix, "weight"), module)
+            entries.append(replace(entry, note=told.get(("note", id(module.weight)), "")))
         for name, tensor in module.named_parameters(recurse=False):
             if id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -195,6 +195,17 @@ def test_lora_over_a_trainable_conv1d_merges_the_right_way_round(
     assert (run(adapted) - trained).norm() < 0.03 * trained.norm()
 
 
+def test_preparing_trainable_int8_layers_is_told(
+    checkpoint: Callable[..., Path], load: Callable[..., Any]
+) -> None:
+    config = fewbits.BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    model = load(checkpoint("llama", torch.bfloat16), config, dtype=torch.bfloat16)
+    peft.prepare_model_for_kbit_training(model)
+    entries = fewbits.report(model).entries
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(one.note == "cast from bfloat16 by prepare_model_for_kbit_training" for one in entries)
+
+
 def test_experts_merged_in_inference_mode_train_afterwards(model_of: Callable[..., Any]) -> None:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(

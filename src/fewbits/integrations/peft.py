@@ -54,11 +54,13 @@ def prepare_model_for_kbit_training(
 
     Codes and scales stay as they are, whatever dtype holds them; `fewbits.report` notes what was cast.
     """
-    if not any(isinstance(module, QuantModule) for module in model.modules()):
+    if not any(isinstance(module, QuantModule | TrainableInt8Linear) for module in model.modules()):
         return original(model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache)
     training.prepare(model, lambda module: True, "prepare_model_for_kbit_training")
     if isinstance(quantizer := getattr(model, "hf_quantizer", None), FewbitsQuantizer):
         quantizer.end_casts()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if use_gradient_checkpointing:
         training.checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
